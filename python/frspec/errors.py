@@ -1,0 +1,36 @@
+"""Every failure of frspec is one of these, with what was expected and what was found.
+
+The C++ runtime throws the same types; the bindings translate them by name.
+"""
+
+
+class FrspecError(Exception):
+    """Base of every error frspec raises on purpose."""
+
+
+class ModelError(FrspecError):
+    """A model or drafter folder cannot be used: file, tensor, shape, dtype or config."""
+
+
+class RankingError(FrspecError):
+    """A ranking file cannot be used with this model: format, fingerprint, range or duplicates."""
+
+
+class ConversionError(FrspecError):
+    """A checkpoint cannot be converted: unsupported, damaged or unsafe source."""
+
+
+class HubError(FrspecError):
+    """A model named by its hub id cannot be fetched."""
+
+
+class RequestError(FrspecError, ValueError):
+    """A request cannot be served: prompt, token ids, sampling values or options."""
+
+
+class MemoryPlanError(FrspecError, MemoryError):
+    """The memory plan does not fit; the message names the numbers and what would fit."""
+
+
+class DeviceError(FrspecError):
+    """A device is absent or failed."""

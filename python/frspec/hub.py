@@ -1,0 +1,105 @@
+"""What a user calls a model (a folder, or a Hugging Face id) as a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from .errors import HubError, ModelError
+
+# Seconds to wait for the first answer of the hub. huggingface_hub's own first call has no limit at
+# all, so a network that swallows packets would hang the program.
+TIMEOUT_SECONDS = 10.0
+
+Files = Literal["model", "tokenizer", "torch"]
+
+_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+_PATTERNS: dict[str, list[str]] = {
+    "tokenizer": _TOKENIZER_FILES,
+    "model": ["*.safetensors", *_TOKENIZER_FILES],
+    "torch": ["*.safetensors", "*.bin", "*.pt", "*.pth", *_TOKENIZER_FILES],
+}
+# Only the top folder holds the model: subfolders repeat the weights in other formats.
+_IGNORED = ["*/*"]
+
+_HUB_ID = re.compile(r"[^/\\~.\s][^/\\\s]*/[^/\\\s]+")
+
+
+def looks_like_hub_id(model: str) -> bool:
+    """True for "owner/name": one slash, and not written like a path (./x, ~/x, /x)."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def resolve(model: str | Path, files: Files = "model") -> Path:
+    """Returns the folder of `model`.
+
+    `model` is an existing folder, or, given as a string, a Hugging Face id "owner/name", which is
+    fetched into the Hugging Face cache; without a network a complete cached copy is used.
+    `files` says what to fetch: "model" (safetensors, config, tokenizer), "tokenizer" (no weights)
+    or "torch" (also PyTorch's .bin/.pt files, for conversion).
+
+    Raises ModelError for a path that is no folder and HubError for an id that cannot be fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path}: expected a model folder, found a file")
+    if isinstance(model, Path) or not looks_like_hub_id(model):
+        raise ModelError(f"{path}: no such folder (and not a hub id, which reads owner/name)")
+    return _fetch(model, files)
+
+
+def _fetch(hub_id: str, files: Files) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError as error:
+        raise HubError(f"{hub_id}: not a folder, and not a valid hub id: {_cause(error)}") from None
+
+    options = {"allow_patterns": _PATTERNS[files], "ignore_patterns": _IGNORED}
+    try:
+        # Asked for separately because this call takes a timeout, and its answer pins the commit.
+        commit = huggingface_hub.HfApi().model_info(hub_id, timeout=TIMEOUT_SECONDS).sha
+        folder = huggingface_hub.snapshot_download(hub_id, revision=commit, **options)
+    # huggingface_hub raises its own types, those of its HTTP library (which changed between its
+    # versions) and plain OSError; all of them mean the same to the caller.
+    except Exception as error:
+        try:
+            folder = huggingface_hub.snapshot_download(hub_id, local_files_only=True, **options)
+        except Exception:
+            raise HubError(_explain(hub_id, error)) from None
+    return Path(folder)
+
+
+def _explain(hub_id: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    endpoint = _endpoint()
+    if isinstance(error, GatedRepoError):
+        return f"{hub_id}: gated on {endpoint}; accept its licence there and set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
+        return (
+            f"{hub_id}: no such folder, and {endpoint} has no such model"
+            " (or it is private and HF_TOKEN is not set)"
+        )
+    return (
+        f"{hub_id}: no such folder, not in the Hugging Face cache,"
+        f" and cannot be fetched from {endpoint}: {_cause(error)}"
+    )
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _cause(error: Exception) -> str:
+    """The first line of an error, with its type when the text alone says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,242 @@
+"""The ranking file: a safetensors file with token ids by frequency, their counts, and metadata.
+
+    token_ids  int32 [n]   descending count; equal counts by ascending id
+    counts     int64 [n]   occurrences of token_ids[i] in the corpus
+    metadata   format "frspec-ranking", version "1", tokenizer_fingerprint, corpus,
+               tokens_counted, special_ids (JSON list), vocab_size, source
+
+`source` is "counted", or "imported" for a published list of ids: its order is kept, its counts are
+zero. A counted file holds every id of the vocabulary, so one file serves every sub-vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ..errors import RankingError
+
+FORMAT = "frspec-ranking"
+VERSION = "1"
+SOURCES = ("counted", "imported")
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Token ids by frequency. `special_ids` are the tokens that end a text."""
+
+    token_ids: np.ndarray  # int32 [n]
+    counts: np.ndarray  # int64 [n]
+    tokenizer_fingerprint: str
+    corpus: str
+    tokens_counted: int
+    special_ids: list[int]
+    vocab_size: int
+    source: str = "counted"
+    path: str = field(default="ranking")  # where it came from, for messages
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: np.ndarray,
+        *,
+        tokenizer_fingerprint: str,
+        corpus: str,
+        special_ids: Iterable[int],
+    ) -> Ranking:
+        """Ranks a vocabulary from `counts` [vocab_size], the occurrences of each token id."""
+        counts = np.asarray(counts, dtype=np.int64)
+        order = np.argsort(-counts, kind="stable")
+        return cls(
+            token_ids=order.astype(np.int32),
+            counts=counts[order],
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            corpus=corpus,
+            tokens_counted=int(counts.sum()),
+            special_ids=sorted(special_ids),
+            vocab_size=len(counts),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ranking:
+        """Reads and validates a ranking file; RankingError names what is wrong with it."""
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise RankingError(f"{path}: no such ranking file")
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    found = metadata.get("format")
+                    raise RankingError(f"{path}: format: expected {FORMAT!r}, found {found!r}")
+                if metadata.get("version") != VERSION:
+                    found = metadata.get("version")
+                    raise RankingError(f"{path}: version: expected {VERSION!r}, found {found!r}")
+                names = sorted(file.keys())
+                if names != ["counts", "token_ids"]:
+                    raise RankingError(
+                        f"{path}: tensors: expected ['counts', 'token_ids'], found {names}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (safetensors.SafetensorError, OSError, TypeError) as error:
+            raise RankingError(f"{path}: not a safetensors file: {error}") from None
+        ranking = cls(
+            **tensors,
+            tokenizer_fingerprint=_text(path, metadata, "tokenizer_fingerprint"),
+            corpus=_text(path, metadata, "corpus"),
+            tokens_counted=_count(path, metadata, "tokens_counted"),
+            special_ids=_id_list(path, metadata, "special_ids"),
+            vocab_size=_count(path, metadata, "vocab_size"),
+            source=_text(path, metadata, "source"),
+            path=path,
+        )
+        ranking.validate()
+        return ranking
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, whole or not at all."""
+        self.validate()
+        path = Path(path)
+        data = safetensors.numpy.save(
+            {"token_ids": self.token_ids, "counts": self.counts},
+            metadata={
+                "format": FORMAT,
+                "version": VERSION,
+                "tokenizer_fingerprint": self.tokenizer_fingerprint,
+                "corpus": self.corpus,
+                "tokens_counted": str(self.tokens_counted),
+                "special_ids": json.dumps(self.special_ids),
+                "vocab_size": str(self.vocab_size),
+                "source": self.source,
+            },
+        )
+        temporary = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RankingError(f"{path}: cannot be written: {error.strerror}") from None
+        finally:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+
+    def validate(self, fingerprint: str | None = None, vocab_size: int | None = None) -> None:
+        """Checks the file itself and, where given, that it belongs to a model.
+
+        fingerprint: the model's Tokenizer.fingerprint; vocab_size: rows of its embedding.
+        """
+        for name, dtype in (("token_ids", np.int32), ("counts", np.int64)):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != 1:
+                self._fail(
+                    f"{name}: expected {np.dtype(dtype).name} [n],"
+                    f" found {array.dtype} {list(array.shape)}"
+                )
+        ids, counts, n = self.token_ids, self.counts, len(self.token_ids)
+        if n == 0 or len(counts) != n:
+            self._fail(f"token_ids and counts: expected equal lengths, found {n}, {len(counts)}")
+        if not 0 < self.vocab_size <= _INT32_MAX:
+            self._fail(f"vocab_size: expected a size above 0, found {self.vocab_size}")
+        if fingerprint is not None and fingerprint != self.tokenizer_fingerprint:
+            self._fail(
+                f"made for another tokenizer: expected fingerprint {fingerprint[:16]}...,"
+                f" found {self.tokenizer_fingerprint[:16]}..."
+            )
+        limit = self.vocab_size if vocab_size is None else min(vocab_size, self.vocab_size)
+        for name, values in (("token_ids", ids), ("special_ids", np.array(self.special_ids))):
+            outside = values[(values < 0) | (values >= limit)]
+            if outside.size:
+                self._fail(f"{name}: expected ids in [0, {limit}), found {outside[0]}")
+        seen = np.bincount(ids, minlength=self.vocab_size)
+        if seen.max() > 1:
+            self._fail(f"token_ids: id {seen.argmax()} occurs {seen.max()} times, expected once")
+        if self.source not in SOURCES:
+            self._fail(f"source: expected one of {', '.join(SOURCES)}, found {self.source!r}")
+        if counts.min() < 0:
+            self._fail(f"counts: expected none below 0, found {counts.min()}")
+        if counts.sum() != self.tokens_counted:
+            self._fail(f"counts: sum {counts.sum()}, tokens_counted says {self.tokens_counted}")
+        rising = counts[1:] > counts[:-1]
+        if self.source == "counted":
+            rising |= (counts[1:] == counts[:-1]) & (ids[1:] < ids[:-1])
+        if rising.any():
+            row = int(rising.argmax()) + 1
+            self._fail(f"token_ids: not ordered by descending count, then id, at row {row}")
+
+    def subset(self, n: int, always: Iterable[int] = ()) -> np.ndarray:
+        """The ids of a sub-vocabulary, int32 [n], in rank order.
+
+        `special_ids` and `always` are in it, the rest are the most frequent. Ids of `always` that
+        the file does not hold (an imported list may lack them) come last.
+        """
+        held = len(self.token_ids)
+        if not 0 < n <= held:
+            self._fail(f"sub-vocabulary: expected a size in [1, {held}], found {n}")
+        wanted = np.unique(np.array([*self.special_ids, *always], dtype=np.int64))
+        if wanted.size and not 0 <= wanted[0] <= wanted[-1] < self.vocab_size:
+            self._fail(f"sub-vocabulary: always: expected ids in [0, {self.vocab_size})")
+        if wanted.size > n:
+            self._fail(f"sub-vocabulary: {n} ids cannot hold the {wanted.size} that must be in it")
+        forced = np.isin(self.token_ids, wanted)
+        missing = wanted[~np.isin(wanted, self.token_ids)]
+        # The most frequent of the others fill what the forced ids leave.
+        free = n - wanted.size
+        chosen = forced | (~forced & (np.cumsum(~forced) <= free))
+        return np.concatenate([self.token_ids[chosen], missing.astype(np.int32)])
+
+    def coverage(self, n: int) -> float:
+        """Share of the counted tokens that subset(n) holds, in [0, 1]; 1 beyond the file's ids."""
+        if self.tokens_counted == 0:
+            self._fail("coverage: the file has no counts")
+        if n >= len(self.token_ids):
+            return 1.0
+        chosen = np.isin(self.token_ids, self.subset(n))
+        return float(self.counts[chosen].sum() / self.tokens_counted)
+
+    def _fail(self, message: str):
+        raise RankingError(f"{self.path}: {message}")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _text(path: str, metadata: dict[str, str], name: str) -> str:
+    if name not in metadata:
+        raise RankingError(f"{path}: metadata: expected {name}, found {sorted(metadata)}")
+    return metadata[name]
+
+
+def _count(path: str, metadata: dict[str, str], name: str) -> int:
+    text = _text(path, metadata, name)
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise RankingError(f"{path}: {name}: expected a count, found {text[:40]!r}")
+    return int(text)
+
+
+def _id_list(path: str, metadata: dict[str, str], name: str) -> list[int]:
+    text = _text(path, metadata, name)
+    try:
+        ids = json.loads(text)
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or any(type(token_id) is not int for token_id in ids):
+        raise RankingError(f"{path}: {name}: expected a JSON list of ids, found {text[:40]!r}")
+    return ids

@@ -1,0 +1,68 @@
+// The EAGLE-2 drafter (arXiv 2406.16858) over checkpoints of SafeAILab/EAGLE's v1/v2 layout, with
+// an FR-Spec sub-vocabulary head (arXiv 2502.14856, section 3).
+//
+// Row i of the drafter reads the embedding of token i + 1 and the target's feature i (the hidden
+// state after its final norm) and predicts feature i + 1, on which the target's head is used as it
+// is. While a tree grows, the drafter's own prediction stands in for the feature.
+#pragma once
+
+#include <vector>
+
+#include "drafter.h"
+#include "llama.h"
+
+namespace frspec {
+
+class Eagle final : public Drafter {
+ public:
+  ModelConfig config;
+  TreeShape shape;
+
+  // sub_vocab: token ids of the draft head's columns, in host memory; empty: the full vocabulary,
+  // scored with the target's own head. slots: committed positions that the KV cache holds besides
+  // the beam.
+  void layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype,
+              const Llama& target, const std::vector<int32_t>& sub_vocab, int64_t slots,
+              int64_t observed_rows);
+
+  int32_t tree_nodes() const override;
+  int32_t tree_depth() const override { return shape.depth; }
+  int64_t length() const override { return kv_.length; }
+  void truncate(int64_t length) override { kv_.length = length; }
+  void observe(Backend& backend, const Tensor& features, const int32_t* rows,
+               const int32_t* next_tokens, int64_t n) override;
+  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root) override;
+
+  // Columns of the draft head, and with it the widest beam.
+  int64_t head_width() const { return head_.out_features; }
+
+ private:
+  // concat_ rows [0, n) -> hidden rows [0, n).
+  void forward(Backend& backend, const Pass& pass) const;
+  // Scores the hidden rows and expands them to the next level of the pool.
+  void expand(Backend& backend, int level, const Tensor& hidden);
+
+  int topk_ = 0;     // shape.topk, or the head's width when that is smaller
+  LinearWeight fc_;  // [d, 2 d]
+  std::vector<DecoderLayer> layers_;
+  LinearWeight embedding_;            // the drafter's own, or the target's
+  LinearWeight head_;                 // [S, d]
+  int32_t* column_tokens_ = nullptr;  // [S] token of each column; null: the identity
+
+  KvCache kv_;
+  Tensor rope_;
+  LayerWorkspace workspace_;
+  Tensor concat_;                        // [rows, 2 d] embedding, feature
+  Tensor logits_;                        // [topk, S]
+  float* logprobs_ = nullptr;            // [topk, topk]
+  int32_t* candidate_tokens_ = nullptr;  // [topk, topk]
+  DraftPool pool_;
+  DraftLevel level_;
+  int32_t* committed_ = nullptr;           // [1] kv_.length, for kernels
+  int32_t* observed_positions_ = nullptr;  // [observed rows]; slots are the same numbers
+  int32_t* observed_prefix_ = nullptr;     // [observed rows]
+  std::vector<int32_t> host_rows_;
+  int64_t last_observed_rows_ = 0;
+};
+
+}  // namespace frspec

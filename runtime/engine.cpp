@@ -1,0 +1,445 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+
+#include "sub_vocab.h"
+
+namespace frspec {
+
+namespace {
+
+// Rows of a prompt pass. Larger chunks are no faster, and their activations cost memory.
+constexpr int64_t kPrefillRows = 512;
+constexpr int64_t kDefaultContext = 4096;
+
+class Stopwatch {
+ public:
+  // Seconds since the last call, or since construction.
+  double lap() {
+    const auto now = Clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return seconds;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_ = Clock::now();
+};
+
+DType weight_dtype(const EngineOptions& options, Checkpoint& checkpoint, const std::string& name) {
+  return options.dtype ? parse_dtype(*options.dtype) : checkpoint.tensor(name).dtype;
+}
+
+void check_tree(const TreeShape& tree) {
+  FRSPEC_CHECK(tree.depth >= 1 && tree.depth <= kMaxTreeDepth, RequestError,
+               "tree depth must be 1 to ", kMaxTreeDepth, ", found ", tree.depth);
+  FRSPEC_CHECK(tree.topk >= 1 && tree.topk <= kMaxTreeTopK, RequestError, "tree topk must be 1 to ",
+               kMaxTreeTopK, ", found ", tree.topk);
+  FRSPEC_CHECK(tree.tokens >= 1 && tree.tokens <= kMaxTreeNodes, RequestError,
+               "tree tokens must be 1 to ", kMaxTreeNodes, ", found ", tree.tokens);
+}
+
+// What the checkpoint holds decides over what a drafter's config claims.
+void read_biases(const Checkpoint& checkpoint, ModelConfig& config) {
+  config.qkv_bias = checkpoint.contains("layers.0.self_attn.q_proj.bias");
+  config.o_bias = checkpoint.contains("layers.0.self_attn.o_proj.bias");
+  config.mlp_bias = checkpoint.contains("layers.0.mlp.gate_proj.bias");
+}
+
+void check_drafter(const std::string& folder, const ModelConfig& drafter,
+                   const ModelConfig& target) {
+  FRSPEC_CHECK(drafter.hidden_size == target.hidden_size, ModelError, folder,
+               ": the drafter's hidden_size must equal the target's: expected ", target.hidden_size,
+               ", found ", drafter.hidden_size);
+  FRSPEC_CHECK(drafter.vocab_size == 0 || drafter.vocab_size == target.vocab_size, ModelError,
+               folder, ": the drafter's vocab_size must equal the target's: expected ",
+               target.vocab_size, ", found ", drafter.vocab_size);
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options) : options_(options) {
+  check_tree(options.tree);
+  FRSPEC_CHECK(options.max_context >= 0, RequestError, "max_context must be positive, found ",
+               options.max_context);
+  FRSPEC_CHECK(options.drafter || !options.vocab_size, RequestError,
+               "vocab_size is the drafter's: it needs a drafter, found none");
+  FRSPEC_CHECK(options.ranking || !options.vocab_size, RequestError, "vocab_size ",
+               options.vocab_size, " needs a ranking file, found none");
+
+  target_.config = read_model_config(options.model);
+  target_checkpoint_ = std::make_unique<Checkpoint>(options.model);
+  dtype_ = weight_dtype(options, *target_checkpoint_, "model.embed_tokens.weight");
+  if (options.drafter) {
+    eagle_ = std::make_unique<Eagle>();
+    eagle_->config = read_eagle_config(*options.drafter);
+    check_drafter(*options.drafter, eagle_->config, target_.config);
+    eagle_->config.vocab_size = target_.config.vocab_size;
+    drafter_checkpoint_ = std::make_unique<Checkpoint>(*options.drafter);
+    read_biases(*drafter_checkpoint_, eagle_->config);
+    drafter_dtype_ = weight_dtype(options, *drafter_checkpoint_, "fc.weight");
+    eagle_->shape = options.tree;
+    if (options.vocab_size > 0) {
+      sub_vocab_ = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
+                                  target_.config.eos_token_ids, options.tokenizer_fingerprint)
+                       .tokens;
+    }
+  }
+  const int64_t trained_context = target_.config.max_position_embeddings;
+  max_context_ = options.max_context > 0 ? options.max_context
+                                         : std::min<int64_t>(kDefaultContext, trained_context);
+  FRSPEC_CHECK(max_context_ >= 2, RequestError, "max_context must be at least 2, found ",
+               max_context_);
+  FRSPEC_CHECK(max_context_ <= trained_context, RequestError, "max_context ", max_context_,
+               " is beyond the model's max_position_embeddings ", trained_context);
+
+  backend_ = make_backend(options.device, options.threads);
+  Arena planning;
+  layout(planning, max_context_);
+  plan_ = planning.plan();
+}
+
+void Engine::layout(Arena& arena, int64_t max_context) {
+  int64_t nodes = 1;
+  int64_t depth = 0;
+  int64_t beam_rows = 1;
+  if (eagle_ != nullptr) {
+    nodes = options_.tree.tokens;
+    depth = options_.tree.depth;
+    beam_rows = options_.tree.topk;
+  }
+  pass_rows_ = std::max(std::min(kPrefillRows, max_context), nodes);
+
+  target_.layout(*backend_, arena, *target_checkpoint_, dtype_, max_context + nodes,
+                 max_context + depth, pass_rows_);
+  if (eagle_ != nullptr) {
+    eagle_->layout(*backend_, arena, *drafter_checkpoint_, drafter_dtype_, target_, sub_vocab_,
+                   max_context, pass_rows_);
+  }
+
+  const ModelConfig& config = target_.config;
+  constexpr const char* kBuffers = "target activations";
+  features_ =
+      arena.take_tensor(kBuffers, backend_->activation_dtype(), pass_rows_, config.hidden_size);
+  logits_ = arena.take_tensor("target logits", DType::kF32, nodes, config.vocab_size);
+  constexpr const char* kRound = "round buffers";
+  const auto rows = static_cast<size_t>(pass_rows_);
+  pass_tokens_ = arena.take_array<int32_t>(kRound, rows);
+  pass_next_tokens_ = arena.take_array<int32_t>(kRound, rows);
+  pass_positions_ = arena.take_array<int32_t>(kRound, rows);
+  pass_prefix_ = arena.take_array<int32_t>(kRound, rows);
+  pass_rows_index_ = arena.take_array<int32_t>(kRound, rows);
+
+  const auto node_count = static_cast<size_t>(nodes);
+  tree_ = DraftTree{};
+  tree_.ancestor_words = (nodes + 63) / 64;
+  tree_.tokens = arena.take_array<int32_t>(kRound, node_count);
+  tree_.parents = arena.take_array<int32_t>(kRound, node_count);
+  tree_.positions = arena.take_array<int32_t>(kRound, node_count);
+  tree_.slots = arena.take_array<int32_t>(kRound, node_count);
+  tree_.prefix = arena.take_array<int32_t>(kRound, node_count);
+  tree_.base = arena.take_array<int32_t>(kRound, 1);
+  tree_.ancestors =
+      arena.take_array<uint64_t>(kRound, node_count * static_cast<size_t>(tree_.ancestor_words));
+  tree_.selected = arena.take_array<int32_t>(kRound, node_count);
+  chosen_ = arena.take_array<int32_t>(kRound, node_count);
+  walk_result_size_ = 1 + 2 * (depth + 1);
+  walk_result_ = arena.take_array<int32_t>(kRound, static_cast<size_t>(walk_result_size_));
+  if (walk_result_ != nullptr) {
+    walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1};
+  }
+  root_ = arena.take_array<int32_t>(kRound, 2);
+
+  WorkspaceLimits limits;
+  limits.rows = std::max(pass_rows_, beam_rows);
+  limits.choice_rows = nodes;
+  limits.vocab = config.vocab_size;
+  limits.visible = max_context + std::max(nodes, depth * beam_rows);
+  limits.query_heads = config.num_heads;
+  const int64_t q_width = config.num_heads * config.head_dim;
+  const int64_t kv_width = config.num_kv_heads * config.head_dim;
+  limits.in_features = std::max({config.hidden_size, q_width, config.intermediate_size});
+  limits.out_features =
+      std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size});
+  if (eagle_ != nullptr) {
+    const ModelConfig& draft = eagle_->config;
+    const int64_t draft_q = draft.num_heads * draft.head_dim;
+    const int64_t draft_kv = draft.num_kv_heads * draft.head_dim;
+    limits.query_heads = std::max(limits.query_heads, draft.num_heads);
+    limits.in_features =
+        std::max({limits.in_features, 2 * draft.hidden_size, draft_q, draft.intermediate_size});
+    limits.out_features =
+        std::max({limits.out_features, draft_q + 2 * draft_kv, draft.intermediate_size});
+  }
+  backend_->layout(arena, limits);
+}
+
+int64_t Engine::longest_context_within(size_t bytes) {
+  const auto fits = [&](int64_t context) {
+    Arena arena;
+    layout(arena, context);
+    return arena.used_bytes() <= bytes;
+  };
+  if (!fits(2)) return 0;
+  int64_t low = 2;
+  int64_t high = max_context_;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (fits(middle)) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+void Engine::load() {
+  if (loaded_) return;
+  const size_t needed = plan_.total_bytes();
+  const size_t device_bytes = backend_->info().available_bytes;
+  const bool limited = options_.memory_limit > 0 && options_.memory_limit < device_bytes;
+  const size_t available = limited ? options_.memory_limit : device_bytes;
+  if (needed > available) {
+    const int64_t context = longest_context_within(available);
+    const std::string advice = context > 0
+                                   ? concat("a max_context of ", context, " would fit")
+                                   : std::string("no context fits; the weights alone are larger");
+    throw MemoryPlanError(concat("the memory plan needs ", needed, " bytes for max_context ",
+                                 max_context_, ", but ", limited ? "memory_limit is " : "only ",
+                                 available, limited ? " bytes; " : " bytes are available; ",
+                                 advice));
+  }
+  Arena arena(backend_->allocate(needed), needed);
+  layout(arena, max_context_);
+
+  std::vector<int32_t> index(static_cast<size_t>(pass_rows_));
+  std::iota(index.begin(), index.end(), 0);
+  backend_->upload(pass_rows_index_, index.data(), index.size() * sizeof(int32_t));
+  target_checkpoint_.reset();
+  drafter_checkpoint_.reset();
+
+  const auto context = static_cast<size_t>(max_context_);
+  const auto round_tokens = static_cast<size_t>(walk_result_size_);
+  sequence_.reserve(context + round_tokens);
+  prompt_.reserve(context);
+  new_tokens_.reserve(round_tokens);
+  accept_lengths_.reserve(context);
+  host_ints_.resize(std::max(static_cast<size_t>(pass_rows_), round_tokens));
+  loaded_ = true;
+}
+
+int64_t Engine::draft_vocab_size() const { return eagle_ ? eagle_->head_width() : 0; }
+
+size_t Engine::step_bytes() const {
+  size_t bytes = 0;
+  for (const MemoryItem& item : plan_.items) {
+    if (item.name == "target weights") bytes += item.bytes;
+  }
+  const ModelConfig& config = target_.config;
+  if (!config.tie_word_embeddings) {  // one row of the embedding is read, not the table
+    bytes -= backend_->linear_bytes(dtype_, config.vocab_size, config.hidden_size);
+  }
+  return bytes;
+}
+
+void Engine::check_request(std::span<const int32_t> prompt, const Request& request) const {
+  FRSPEC_CHECK(loaded_, RequestError, "the engine is not loaded");
+  FRSPEC_CHECK(!prompt.empty(), RequestError, "the prompt is empty; at least one token is needed");
+  const auto length = static_cast<int64_t>(prompt.size());
+  FRSPEC_CHECK(length < max_context_, RequestError, "the prompt has ", length,
+               " tokens; with max_context ", max_context_, " at most ", max_context_ - 1,
+               " are possible");
+  for (size_t i = 0; i < prompt.size(); ++i) {
+    FRSPEC_CHECK(prompt[i] >= 0 && prompt[i] < target_.config.vocab_size, RequestError, "token id ",
+                 prompt[i], " at position ", i, " is outside [0, ", target_.config.vocab_size, ")");
+  }
+  FRSPEC_CHECK(request.max_new_tokens >= 1, RequestError,
+               "max_new_tokens must be at least 1, found ", request.max_new_tokens);
+  const Sampling& sampling = request.sampling;
+  FRSPEC_CHECK(std::isfinite(sampling.temperature) && sampling.temperature >= 0.0f, RequestError,
+               "temperature must be a finite number >= 0, found ", sampling.temperature);
+  FRSPEC_CHECK(sampling.top_k >= 0, RequestError, "top_k must be >= 0 (0: all), found ",
+               sampling.top_k);
+  FRSPEC_CHECK(sampling.top_p > 0.0f && sampling.top_p <= 1.0f, RequestError,
+               "top_p must be in (0, 1], found ", sampling.top_p);
+  FRSPEC_CHECK(sampling.min_p >= 0.0f && sampling.min_p <= 1.0f, RequestError,
+               "min_p must be in [0, 1], found ", sampling.min_p);
+  FRSPEC_CHECK(request.method == Method::kPlain || eagle_ != nullptr, RequestError,
+               "method 'eagle2' needs a drafter, found none");
+}
+
+void Engine::start(std::span<const int32_t> prompt, const Request& request) {
+  check_request(prompt, request);
+  const auto length = static_cast<int64_t>(prompt.size());
+
+  const auto known = std::min(sequence_.size(), prompt.size());
+  const int64_t common =
+      std::mismatch(prompt.begin(), prompt.begin() + static_cast<int64_t>(known), sequence_.begin())
+          .first -
+      prompt.begin();
+  // The last prompt token is always computed: its logits choose the first token.
+  int64_t kept = std::min({common, target_.kv.length, length - 1});
+  if (eagle_ != nullptr) {
+    // Row i of the drafter holds token i + 1 as well.
+    int64_t drafter_kept = std::min(eagle_->length(), std::max<int64_t>(common - 1, 0));
+    // Features are not kept: where the drafter goes on, the target computes them again.
+    if (request.method == Method::kEagle2) kept = std::min(kept, drafter_kept);
+    eagle_->truncate(std::min(drafter_kept, kept));
+  }
+
+  drafter_ = request.method == Method::kEagle2 ? static_cast<Drafter*>(eagle_.get()) : &no_drafter_;
+  tree_.nodes = drafter_->tree_nodes();
+  request_ = request;
+  prompt_.assign(prompt.begin(), prompt.end());
+  sequence_.assign(prompt.begin(), prompt.begin() + kept);
+  target_.kv.length = kept;
+  emitted_count_ = 0;
+  emit_limit_ = std::min(request.max_new_tokens, max_context_ - length);
+  in_prompt_ = true;
+  last_rows_ = 0;
+  finish_reason_ = FinishReason::kNone;
+  new_tokens_.clear();
+  accept_lengths_.clear();
+  reused_tokens_ = kept;
+  timings_ = Timings{};
+}
+
+std::span<const int32_t> Engine::step() {
+  new_tokens_.clear();
+  if (finished()) return new_tokens_;
+  if (in_prompt_) {
+    prefill_chunk();
+  } else {
+    round();
+  }
+  return new_tokens_;
+}
+
+void Engine::prefill_chunk() {
+  Stopwatch watch;
+  const int64_t first = target_.kv.length;
+  const auto length = static_cast<int64_t>(prompt_.size());
+  const int64_t n = std::min(pass_rows_, length - first);
+  const bool last = first + n == length;
+  const size_t bytes = static_cast<size_t>(n) * sizeof(int32_t);
+
+  backend_->upload(pass_tokens_, prompt_.data() + first, bytes);
+  std::iota(host_ints_.begin(), host_ints_.begin() + n, static_cast<int32_t>(first));
+  backend_->upload(pass_positions_, host_ints_.data(), bytes);
+  std::iota(host_ints_.begin(), host_ints_.begin() + n, static_cast<int32_t>(first + 1));
+  backend_->upload(pass_prefix_, host_ints_.data(), bytes);
+  Pass pass;
+  pass.rows = n;
+  pass.tokens = pass_tokens_;
+  pass.positions = pass_positions_;
+  pass.slots = pass_positions_;
+  pass.visible.prefix_length = pass_prefix_;
+  pass.visible.max_length = first + n;
+  target_.forward(*backend_, pass, features_.row_slice(0, n));
+
+  int32_t chosen = -1;
+  if (last) {
+    const Tensor logits = logits_.row_slice(0, 1);
+    backend_->linear(logits, features_.row_slice(n - 1, 1), target_.head);
+    backend_->choose_tokens(chosen_, logits, request_.sampling, pass_positions_ + n - 1);
+    backend_->download(&chosen, chosen_, sizeof(chosen));
+    last_rows_ = 1;
+  }
+  std::copy_n(prompt_.begin() + first + 1, last ? n - 1 : n, host_ints_.begin());
+  if (last) host_ints_[static_cast<size_t>(n - 1)] = chosen;
+  backend_->upload(pass_next_tokens_, host_ints_.data(), bytes);
+  drafter_->observe(*backend_, features_, pass_rows_index_, pass_next_tokens_, n);
+
+  sequence_.insert(sequence_.end(), prompt_.begin() + first, prompt_.begin() + first + n);
+  target_.kv.length = first + n;
+  if (last) {
+    in_prompt_ = false;
+    sequence_.push_back(chosen);
+    emit(std::span(&chosen, 1));
+  }
+  timings_.prefill += watch.lap();
+}
+
+void Engine::round() {
+  Stopwatch watch;
+  const auto base = static_cast<int32_t>(target_.kv.length);
+  const int32_t root[2] = {sequence_.back(), base};
+  backend_->upload(root_, root, sizeof(root));
+  drafter_->draft(*backend_, tree_, TreeRoot{root_, root_ + 1, 0});
+  timings_.draft += watch.lap();
+
+  const int64_t nodes = tree_.nodes;
+  Pass pass;
+  pass.rows = nodes;
+  pass.tokens = tree_.tokens;
+  pass.positions = tree_.positions;
+  pass.slots = tree_.slots;
+  pass.visible.prefix_length = tree_.prefix;
+  pass.visible.tree_base = tree_.base;
+  pass.visible.ancestors = tree_.ancestors;
+  pass.visible.ancestor_words = tree_.ancestor_words;
+  pass.visible.max_length = base + drafter_->tree_depth() + 1;
+  const Tensor features = features_.row_slice(0, nodes);
+  const Tensor logits = logits_.row_slice(0, nodes);
+  target_.forward(*backend_, pass, features);
+  backend_->linear(logits, features, target_.head);
+  timings_.verify += watch.lap();
+  last_rows_ = nodes;
+
+  backend_->choose_tokens(chosen_, logits, request_.sampling, tree_.positions);
+  backend_->walk_tree(walk_, tree_, chosen_);
+  backend_->commit_kv(target_.kv.layers.data(), target_.config.num_layers, tree_.base, walk_.path,
+                      walk_.length);
+  backend_->download(host_ints_.data(), walk_result_,
+                     static_cast<size_t>(walk_result_size_) * sizeof(int32_t));
+  const int32_t accepted = host_ints_[0];
+  const int32_t* emitted = host_ints_.data() + (walk_.emitted - walk_result_);
+  target_.kv.length += accepted;
+  sequence_.insert(sequence_.end(), emitted, emitted + accepted);
+  emit(std::span(emitted, static_cast<size_t>(accepted)));
+  accept_lengths_.push_back(static_cast<int32_t>(new_tokens_.size()));
+  timings_.rest += watch.lap();
+
+  if (!finished()) {
+    drafter_->observe(*backend_, features_, walk_.path, walk_.emitted, accepted);
+    timings_.draft += watch.lap();
+  }
+}
+
+void Engine::emit(std::span<const int32_t> tokens) {
+  const std::vector<int32_t>& ends = target_.config.eos_token_ids;
+  for (const int32_t token : tokens) {
+    new_tokens_.push_back(token);
+    ++emitted_count_;
+    if (!request_.ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end()) {
+      finish_reason_ = FinishReason::kStop;
+      return;
+    }
+    if (emitted_count_ == emit_limit_) {
+      finish_reason_ = FinishReason::kLength;
+      return;
+    }
+  }
+}
+
+Engine::LastRound Engine::last_round() const {
+  LastRound last;
+  if (last_rows_ == 0) return last;
+  const auto rows = static_cast<size_t>(last_rows_);
+  last.logits.resize(rows * static_cast<size_t>(logits_.cols));
+  backend_->download(last.logits.data(), logits_.data, last.logits.size() * sizeof(float));
+  if (!accept_lengths_.empty()) {
+    last.tokens.resize(rows);
+    last.parents.resize(rows);
+    backend_->download(last.tokens.data(), tree_.tokens, rows * sizeof(int32_t));
+    backend_->download(last.parents.data(), tree_.parents, rows * sizeof(int32_t));
+  }
+  return last;
+}
+
+}  // namespace frspec

@@ -1,0 +1,36 @@
+// Keys and values of every layer of a network, planned for a fixed number of slots.
+//
+// Slots [0, length) hold the committed tokens in order. Tokens in flight (a draft tree, a beam) sit
+// in the slots behind; committing moves the accepted ones forward in place, the rest are
+// overwritten later.
+#pragma once
+
+#include <vector>
+
+#include "arena.h"
+#include "backend.h"
+#include "config.h"
+
+namespace frspec {
+
+struct KvCache {
+  std::vector<KvLayer> layers;
+  int64_t length = 0;  // committed tokens
+
+  void layout(Arena& arena, const char* plan_name, const ModelConfig& config, DType dtype,
+              int64_t slots) {
+    layers.resize(static_cast<size_t>(config.num_layers));
+    const size_t bytes =
+        static_cast<size_t>(config.num_kv_heads * slots * config.head_dim) * dtype_size(dtype);
+    for (KvLayer& layer : layers) {
+      layer = {arena.take(plan_name, bytes),
+               arena.take(plan_name, bytes),
+               dtype,
+               config.num_kv_heads,
+               slots,
+               config.head_dim};
+    }
+  }
+};
+
+}  // namespace frspec

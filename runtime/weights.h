@@ -1,0 +1,49 @@
+// Reads the weights of a network from a checkpoint into the arena.
+//
+// One description serves both passes of the layout (arena.h): over a planning arena every tensor is
+// looked up and its shape checked, but no byte of it is read; over real memory each tensor is read
+// once from the mapped file into the backend's layout, and its file pages are given back.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "backend.h"
+#include "checkpoint.h"
+
+namespace frspec {
+
+class WeightReader {
+ public:
+  // plan_name: the line of the memory plan that these weights are counted under.
+  WeightReader(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype,
+               const char* plan_name)
+      : backend_(backend),
+        arena_(arena),
+        checkpoint_(checkpoint),
+        dtype_(dtype),
+        plan_name_(plan_name) {}
+
+  // fp32 copy of a vector [size].
+  float* vector(const std::string& name, int64_t size);
+
+  struct Part {
+    std::string name;  // without ".weight" and ".bias"
+    int64_t rows;
+  };
+  // The parts [rows, in_features], stacked in order. with_bias: every part has a "<name>.bias"
+  // [rows].
+  LinearWeight linear(const std::vector<Part>& parts, int64_t in_features, bool with_bias);
+
+  bool contains(const std::string& name) const { return checkpoint_.contains(name); }
+
+ private:
+  Backend& backend_;
+  Arena& arena_;
+  Checkpoint& checkpoint_;
+  DType dtype_;
+  const char* plan_name_;
+};
+
+}  // namespace frspec
