@@ -53,8 +53,8 @@ size_t edit_distance(const std::string& a, const std::string& b) {
 }
 
 // "; nearest: ..." when a name of the checkpoint resembles `wanted`, else nothing.
-template <typename Names>
-std::string nearest_name(const std::string& wanted, const Names& tensors) {
+std::string nearest_name(const std::string& wanted,
+                         const std::map<std::string, const SafetensorsFile*>& tensors) {
   constexpr size_t kMaxNames = 10000;
   constexpr size_t kMaxLength = 200;
   size_t best = wanted.size() / 3 + 1;

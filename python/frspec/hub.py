@@ -8,8 +8,7 @@ from typing import Literal
 
 from .errors import HubError, ModelError
 
-# Seconds to wait for the first answer of the hub. huggingface_hub's own first call has no limit at
-# all, so a network that swallows packets would hang the program.
+# Seconds to wait for the first answer of the hub: a network that swallows packets must not hang us.
 TIMEOUT_SECONDS = 10.0
 
 Files = Literal["model", "tokenizer", "torch"]
@@ -62,9 +61,9 @@ def _fetch(hub_id: str, files: Files) -> Path:
 
     options = {"allow_patterns": _PATTERNS[files], "ignore_patterns": _IGNORED}
     try:
-        # Asked for separately because this call takes a timeout, and its answer pins the commit.
-        commit = huggingface_hub.HfApi().model_info(hub_id, timeout=TIMEOUT_SECONDS).sha
-        folder = huggingface_hub.snapshot_download(hub_id, revision=commit, **options)
+        # Asked first because this call takes a timeout, and snapshot_download's first one does not.
+        huggingface_hub.HfApi().model_info(hub_id, timeout=TIMEOUT_SECONDS)
+        folder = huggingface_hub.snapshot_download(hub_id, **options)
     # huggingface_hub raises its own types, those of its HTTP library (which changed between its
     # versions) and plain OSError; all of them mean the same to the caller.
     except Exception as error:

@@ -35,7 +35,7 @@ class StreamDecoder:
         if skip_special_tokens:
             added = backend.get_added_tokens_decoder()
             self._skipped = frozenset(i for i, token in added.items() if token.special)
-        self._decoder = _make(backend.decoder, json.loads(backend.to_str()).get("decoder"))
+        self._decoder = _make(backend.decoder)
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that these tokens settle, "" when they settle none."""
@@ -47,8 +47,10 @@ class StreamDecoder:
         return self._decoder.finish()
 
 
-def _make(decoder: tokenizers.decoders.Decoder | None, spec: dict[str, Any] | None):
-    """The cheapest exact way to stream a decoder, given it and its JSON description."""
+def _make(decoder: tokenizers.decoders.Decoder | None):
+    """The cheapest exact way to stream a decoder."""
+    # The description that tokenizer.json holds too, without writing out a whole tokenizer.
+    spec = None if decoder is None else json.loads(decoder.__getstate__())
     while spec is not None and spec["type"] == "Sequence" and len(spec["decoders"]) == 1:
         spec = spec["decoders"][0]
     if spec is not None and spec["type"] == "ByteLevel":

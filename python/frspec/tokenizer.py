@@ -107,12 +107,11 @@ class Tokenizer:
 
         Each entry is the id (u32), the byte length of the token (u32) and its UTF-8, little-endian.
         """
-        digest = hashlib.sha256()
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        for token_id, token in sorted((token_id, token) for token, token_id in vocab.items()):
-            data = token.encode("utf-8")
-            digest.update(struct.pack("<II", token_id, len(data)) + data)
-        return digest.hexdigest()
+        entries = sorted((token_id, token.encode("utf-8")) for token, token_id in vocab.items())
+        pack = struct.Struct("<II").pack
+        data = b"".join(pack(token_id, len(token)) + token for token_id, token in entries)
+        return hashlib.sha256(data).hexdigest()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Pass add_special_tokens=False for what `chat` returned."""

@@ -56,10 +56,12 @@ class GgufTensor:
     def _blocks(self) -> Iterator[np.ndarray]:
         step = max(1, BLOCK_ELEMENTS // max(1, self.shape[-1]))
         for start in range(0, len(self.rows), step):
-            # A copy out of the map: the package's views need an aligned array it may reshape.
-            block = np.array(self.rows[start : start + step])
+            rows = self.rows[start : start + step]
+            # All formats are sequences of blocks, so many short rows may be given as one long
+            # row, which is several times faster. A copy, because a map may not be aligned.
+            flat = np.array(rows).reshape(1, -1)
             try:
-                yield dequantize(block, self.quantization)
+                yield dequantize(flat, self.quantization).reshape(len(rows), self.shape[-1])
             except NotImplementedError as error:
                 raise ConversionError(
                     f"tensor {self.name}: expected a quantisation that the gguf package "
@@ -93,7 +95,7 @@ class GgufFile:
         tensor_count = self._number("<Q", "tensor count")
         key_count = self._number("<Q", "metadata count")
         for _ in range(key_count):
-            key = self._string("metadata key")
+            key = self._name("metadata key")
             if key in self.metadata:
                 raise ConversionError(f"{path}: metadata key {key} occurs twice")
             self.metadata[key] = self._value(self._value_type(key), key)
@@ -110,6 +112,7 @@ class GgufFile:
             self.tensors[name] = self._map_tensor(name, shape, quantization, start + offset)
 
     def _take(self, count: int, what: str) -> memoryview:
+        """The next `count` bytes; `what` is what they are, for the message."""
         end = self._offset + count
         if end > len(self._buffer):
             raise ConversionError(
@@ -141,6 +144,13 @@ class GgufFile:
                 f"{self.path}: {what}: expected UTF-8, found {bytes(raw[:40])!r}"
             ) from error
 
+    def _name(self, what: str) -> str:
+        """A string that messages may show: without line breaks and terminal controls."""
+        text = self._string(what)
+        if not text.isprintable():
+            raise ConversionError(f"{self.path}: {what}: expected printable text, found {text!r}")
+        return text
+
     def _value_type(self, key: str) -> GGUFValueType:
         code = self._number("<I", key)
         try:
@@ -167,7 +177,7 @@ class GgufFile:
         return np.frombuffer(self._take(count * dtype.itemsize, key), dtype)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
-        name = self._string("tensor name")
+        name = self._name("tensor name")
         dims = self._number("<I", name)
         if not 1 <= dims <= _MAX_DIMS:
             raise ConversionError(

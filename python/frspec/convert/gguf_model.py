@@ -11,12 +11,18 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from frspec.convert.gguf_file import GgufFile, GgufTensor
-from frspec.convert.gguf_tokenizer import build_tokenizer, end_token_ids, special_token_ids
+from frspec.convert.gguf_tokenizer import (
+    TokenizerMetadata,
+    build_tokenizer,
+    end_token_ids,
+    special_token_ids,
+)
+from frspec.convert.layout import bias_settings, model_shapes, select
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
 from frspec.convert.tensors import WEIGHT_DTYPES, LazyTensor
 from frspec.errors import ConversionError
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_ARCHITECTURES = ("llama", "qwen2")
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -24,19 +30,15 @@ _GLOBAL_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _LAYER_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.bias": "self_attn.v_proj.bias",
-    "attn_output.bias": "self_attn.o_proj.bias",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 # Derived from the rope settings, which config.json states.
 _ROPE_FREQS = "rope_freqs.weight"
@@ -98,11 +100,12 @@ def convert_gguf(
     config["torch_dtype"] = torch_name
     tensors = [tensor.cast(code) for tensor in _model_tensors(file, architecture, config)]
 
-    tokenizer, tokenizer_config = build_tokenizer(file, config["vocab_size"], notes)
-    ids = special_token_ids(file, config["vocab_size"])
+    metadata = TokenizerMetadata(source, file.metadata)
+    tokenizer, tokenizer_config = build_tokenizer(metadata, config["vocab_size"], notes)
+    ids = special_token_ids(metadata, config["vocab_size"])
     config.update(ids)
     generation_config = dict(ids)
-    ends = end_token_ids(file, config["vocab_size"])
+    ends = end_token_ids(metadata, config["vocab_size"])
     if ends:
         generation_config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
@@ -146,8 +149,7 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
                 f"found {meta.get(key, int)}"
             )
     return {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        **_kind(file, architecture),
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": meta.get("feed_forward_length", int),
@@ -159,11 +161,20 @@ def _config(file: GgufFile, architecture: str) -> dict[str, Any]:
         "rms_norm_eps": meta.get("attention.layer_norm_rms_epsilon", float),
         "rope_theta": meta.get("rope.freq_base", float, 10000.0),
         "rope_scaling": _rope_scaling(file, meta, head_dim),
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": embedding.shape[0],
     }
+
+
+def _kind(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """The config keys for the architecture and its biases, which a qwen2 always has."""
+    names = {_hugging_face_name(name) for name in file.tensors}
+    kind = bias_settings(names, "model.layers.0.", file.path)
+    if architecture == "qwen2" and kind["model_type"] != "qwen2":
+        raise ConversionError(
+            f"{file.path}: expected a qwen2 model with biases on q, k and v alone, found others"
+        )
+    return kind
 
 
 def _rope_scaling(file: GgufFile, meta: _Metadata, head_dim: int) -> dict[str, Any] | None:
@@ -225,70 +236,26 @@ def _llama3_scaling(
     )
 
 
-def _model_tensors(
-    file: GgufFile, architecture: str, config: dict[str, Any]
-) -> list[LazyTensor]:
+def _model_tensors(file: GgufFile, architecture: str, config: dict[str, Any]) -> list[LazyTensor]:
     """Every tensor under its Hugging Face name, in float32, checked for presence and shape."""
-    expected = _expected_shapes(config)
     found: dict[str, LazyTensor] = {}
     for tensor in file.tensors.values():
         if tensor.name == _ROPE_FREQS or _DROPPED.fullmatch(tensor.name):
             continue
         name = _hugging_face_name(tensor.name)
-        if name not in expected:
-            raise ConversionError(
-                f"{file.path}: tensor {tensor.name}: not part of a {architecture} model of "
-                f"{config['num_hidden_layers']} layers"
-            )
-        if tensor.shape != expected[name]:
-            raise ConversionError(
-                f"{file.path}: tensor {tensor.name}: expected shape {list(expected[name])}, "
-                f"found {list(tensor.shape)}"
-            )
         lazy = tensor.dequantized(name)
         if architecture == "llama" and re.search(r"\.attn_[qk]\.", tensor.name):
             lazy = _with_halves_apart(lazy, config["head_dim"])
         found[name] = lazy
-    bias = architecture == "qwen2"
-    for name in expected:
-        optional = name == "lm_head.weight" or (name.endswith(".bias") and not bias)
-        optional = optional or name.endswith("o_proj.bias")
-        if name not in found and not optional:
-            raise ConversionError(f"{file.path}: the tensor for {name} is missing")
-    return [found[name] for name in expected if name in found]
+    return select(found, model_shapes(config, file.path), {"lm_head.weight"}, file.path)
 
 
-def _hugging_face_name(name: str) -> str | None:
-    if name in _GLOBAL_NAMES:
-        return _GLOBAL_NAMES[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+def _hugging_face_name(name: str) -> str:
+    """The name in a Hugging Face model; one that has none there stays, and is refused later."""
+    match = re.fullmatch(r"blk\.(\d{1,9})\.(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in _LAYER_NAMES:
-        return None
-    return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}"
-
-
-def _expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes by Hugging Face name, in the order they are written."""
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    q_rows = config["num_attention_heads"] * config["head_dim"]
-    kv_rows = config["num_key_value_heads"] * config["head_dim"]
-    vocab = config["vocab_size"]
-    rows = {"q": q_rows, "k": kv_rows, "v": kv_rows, "o": hidden}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (hidden,)
-        for letter, count in rows.items():
-            columns = q_rows if letter == "o" else hidden
-            shapes[f"{prefix}self_attn.{letter}_proj.weight"] = (count, columns)
-            shapes[f"{prefix}self_attn.{letter}_proj.bias"] = (count,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        shapes[prefix + "mlp.gate_proj.weight"] = (ffn, hidden)
-        shapes[prefix + "mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[prefix + "mlp.down_proj.weight"] = (hidden, ffn)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes
+        return _GLOBAL_NAMES.get(name, name)
+    return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
 
 
 def _with_halves_apart(tensor: LazyTensor, head_dim: int) -> LazyTensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,6 @@ from tokenizers import (
     processors,
 )
 
-from frspec.convert.gguf_file import GgufFile
 from frspec.errors import ConversionError
 
 # tokenizer.ggml.token_type
@@ -62,7 +64,15 @@ _END_TEXTS = (
 _SPACE = "\u2581"  # SentencePiece's mark for a space
 
 
-def special_token_ids(file: GgufFile, vocab_size: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class TokenizerMetadata:
+    """`metadata` under GGUF's keys, and the file it is from, for messages."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+
+
+def special_token_ids(file: TokenizerMetadata, vocab_size: int) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id as far as the metadata has them."""
     keys = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id"}
     ids = {}
@@ -73,7 +83,7 @@ def special_token_ids(file: GgufFile, vocab_size: int) -> dict[str, int]:
     return ids
 
 
-def end_token_ids(file: GgufFile, vocab_size: int) -> list[int]:
+def end_token_ids(file: TokenizerMetadata, vocab_size: int) -> list[int]:
     """Every token that ends a text: the metadata's first, then control tokens known by name."""
     ends = [_token_id(file, f"{key}_token_id", vocab_size) for key in ("eos", "eot", "eom")]
     tokens, types = _vocabulary(file)
@@ -83,7 +93,7 @@ def end_token_ids(file: GgufFile, vocab_size: int) -> list[int]:
 
 
 def build_tokenizer(
-    file: GgufFile, vocab_size: int, notes: list[str]
+    file: TokenizerMetadata, vocab_size: int, notes: list[str]
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer, and the contents of tokenizer_config.json; remarks are added to `notes`."""
     tokens, types = _vocabulary(file)
@@ -146,7 +156,7 @@ def build_tokenizer(
     return tokenizer, config
 
 
-def _vocabulary(file: GgufFile) -> tuple[list[str], np.ndarray]:
+def _vocabulary(file: TokenizerMetadata) -> tuple[list[str], np.ndarray]:
     """Token texts and their types."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -162,7 +172,7 @@ def _vocabulary(file: GgufFile) -> tuple[list[str], np.ndarray]:
     return tokens, types
 
 
-def _token_id(file: GgufFile, key: str, vocab_size: int) -> int | None:
+def _token_id(file: TokenizerMetadata, key: str, vocab_size: int) -> int | None:
     value = file.metadata.get(f"tokenizer.ggml.{key}")
     if value is None:
         return None
@@ -174,7 +184,7 @@ def _token_id(file: GgufFile, key: str, vocab_size: int) -> int | None:
     return value
 
 
-def _adds(file: GgufFile, which: str, kind: str) -> bool:
+def _adds(file: TokenizerMetadata, which: str, kind: str) -> bool:
     """Whether encoding adds the bos (eos) token: as stated, else as the family's default is."""
     stated = file.metadata.get(f"tokenizer.ggml.add_{which}_token")
     if isinstance(stated, bool):
@@ -183,7 +193,7 @@ def _adds(file: GgufFile, which: str, kind: str) -> bool:
     return which == "bos" and (kind == "llama" or pre in _WHOLE_WORDS_FIRST)
 
 
-def _byte_level(file: GgufFile, vocab: dict[str, int], notes: list[str]) -> Tokenizer:
+def _byte_level(file: TokenizerMetadata, vocab: dict[str, int], notes: list[str]) -> Tokenizer:
     pre = file.metadata.get("tokenizer.ggml.pre")
     if pre in (None, "default"):
         notes.append("the metadata names no pre-tokenizer: GPT-2's is used")
@@ -213,7 +223,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], notes: list[str]) -> Toke
     return tokenizer
 
 
-def _split_merges(file: GgufFile, merges: list[str]) -> list[tuple[str, str]]:
+def _split_merges(file: TokenizerMetadata, merges: list[str]) -> list[tuple[str, str]]:
     pairs = []
     for merge in merges:
         left, space, right = merge.partition(" ")
@@ -226,7 +236,7 @@ def _split_merges(file: GgufFile, merges: list[str]) -> list[tuple[str, str]]:
 
 
 def _bpe(
-    file: GgufFile, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any
+    file: TokenizerMetadata, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any
 ) -> models.BPE:
     try:
         return models.BPE(vocab=vocab, merges=merges, **options)
@@ -234,7 +244,7 @@ def _bpe(
         raise ConversionError(f"{file.path}: tokenizer: {error}") from error
 
 
-def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: np.ndarray) -> Tokenizer:
+def _sentencepiece(file: TokenizerMetadata, vocab: dict[str, int], types: np.ndarray) -> Tokenizer:
     """A SentencePiece BPE model: a merge for every way to make a piece of two, best score first."""
     merges = file.metadata.get("tokenizer.ggml.merges")
     scores = file.metadata.get("tokenizer.ggml.scores")
@@ -294,7 +304,7 @@ def _merges_from_scores(
 
 
 def _add_post_processor(
-    file: GgufFile,
+    file: TokenizerMetadata,
     tokenizer: Tokenizer,
     tokens: list[str],
     adds_bos: bool,
@@ -316,11 +326,10 @@ def _add_post_processor(
             )
         around[which] = token_id
     if around:
-        template = " ".join(
-            [tokens[around["bos"]]] * ("bos" in around)
-            + ["$A"]
-            + [tokens[around["eos"]]] * ("eos" in around)
+        before, after = (
+            [tokens[around[which]]] if which in around else [] for which in ("bos", "eos")
         )
+        template = " ".join([*before, "$A", *after])
         pieces = [(tokens[token_id], token_id) for token_id in around.values()]
         if any(re.search(r"[\s$:]", text) for text, _ in pieces):
             raise ConversionError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,11 @@ WEIGHT_DTYPES = {
     "fp16": ("F16", "float16"),
     "fp32": ("F32", "float32"),
 }
-_DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32"}
 
-# Blocks of about this many elements stay in the cache's neighbourhood: one 4 MB piece is far
-# faster to dequantise and round than a 500 MB embedding at once, which faults in fresh pages.
-BLOCK_ELEMENTS = 1 << 20
+# Blocks of about this many elements stay in cache: a 1 MB piece dequantises and rounds several
+# times faster than a 500 MB embedding at once, which faults in fresh pages.
+BLOCK_ELEMENTS = 1 << 18
 
 
 def weight_dtype_word(dtype: str) -> str:
@@ -110,6 +111,10 @@ class LazyTensor:
         """The whole tensor as a NumPy array; bfloat16 becomes float32."""
         storage = self.storage()
         return widen_bf16(storage) if self.dtype == "BF16" else storage
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For np.asarray(tensor)."""
+        return self.numpy().astype(dtype, copy=False) if dtype is not None else self.numpy()
 
     def renamed(self, name: str) -> LazyTensor:
         return LazyTensor(name, self.dtype, self.shape, self.blocks)

@@ -89,14 +89,18 @@ def run(args: argparse.Namespace) -> int:
 
 def import_ids(path: Path, tokenizer: Tokenizer, corpus: str) -> Ranking:
     """A ranking from a PyTorch file that holds token ids by frequency (a list or a tensor)."""
+    from ..convert.tensors import LazyTensor
     from ..convert.torch_file import load_torch_file
 
     if not path.is_file():
         raise RankingError(f"{path}: no such input file")
     value = load_torch_file(path)
-    array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray)) else None
-    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
-        found = type(value).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
+    try:
+        array = value.numpy() if isinstance(value, LazyTensor) else np.asarray(value)
+    except ValueError:  # lists of unequal lengths
+        array = np.asarray(None)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        found = f"{type(value).__name__} ({array.dtype} {list(array.shape)})"
         raise RankingError(f"{path}: expected a list of token ids, found {found}")
     outside = array[(array < 0) | (array >= tokenizer.vocab_size)]
     if outside.size:
@@ -123,8 +127,7 @@ def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranki
     broken = Broken(strict=args.strict)
     console = Console(stderr=True)
     with Progress(
-        TextColumn("counting"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         TaskProgressColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -134,7 +137,7 @@ def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranki
         task = progress.add_task("counting", total=check_inputs(args.input), rate="")
 
         def show(count: Count) -> None:
-            rate = f"{_tokens(count.tokens)} tokens, {_tokens(_rate(count))} tokens/s"
+            rate = f"{_short(count.tokens)} tokens, {_short(_rate(count))}/s"
             progress.update(task, completed=count.bytes_read, rate=rate)
 
         pieces = read_corpus(args.input, args.field, broken)
@@ -149,7 +152,7 @@ def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranki
     if count.tokens == 0:
         raise RankingError(f"{args.input[0]}: no text to count in the input")
     console.print(
-        f"{count.tokens:,} tokens in {count.total_s:.1f} s: {_tokens(_rate(count))} tokens/s,"
+        f"{count.tokens:,} tokens in {count.total_s:.1f} s: {_short(_rate(count))} tokens/s,"
         f" {count.tokenizer_s / count.total_s:.0%} of the time in the tokenizer",
         markup=False,
         highlight=False,
@@ -185,8 +188,9 @@ def _rate(count: Count) -> float:
     return count.tokens / max(count.total_s, 1e-9)
 
 
-def _tokens(value: float) -> str:
+def _short(value: float) -> str:
+    """Three digits and a unit: 27.7M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.2f} {unit}"
+            return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"

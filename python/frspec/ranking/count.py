@@ -76,7 +76,8 @@ def _encode(tokenizer: Tokenizer, texts: list[str]):
     encode = tokenizer.backend.encode_batch_fast
     try:
         return encode(texts, add_special_tokens=False)
-    except UnicodeEncodeError:
-        # JSON may hold half of a surrogate pair, which is no character.
+    except (TypeError, UnicodeEncodeError):
+        # JSON may hold half of a surrogate pair, which is no character (and then no text at all
+        # to the library, whose error depends on its version).
         whole = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
         return encode(whole, add_special_tokens=False)

@@ -173,7 +173,6 @@ class Eagle:
         )
 
 
-
 @dataclass
 class Round:
     """One verification: the sequence it started from, its tree, the logits of its rows."""

@@ -9,7 +9,9 @@ its target's first layers, fitted to its features, so that it is right often and
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,6 +40,7 @@ class TinyModel:
     shards: int = 1
     max_position: int = 1024
     eos: int | list[int] | None = None
+    tokenizer: bool = False
     seed: int = 1
     config: dict = field(default_factory=dict, hash=False)
 
@@ -154,7 +157,9 @@ def write_model(folder: Path, model: TinyModel) -> Path:
     lengths = frequency_lengths(rng, model.vocab)[:, None]
     embedding = rng.normal(size=(model.vocab, model.hidden))
     # Tied: the layers must outweigh the embedding, or every token would be followed by itself.
-    embedding, unit = (embedding * lengths * spread, 3.0 * spread) if model.tied else (embedding, 1.0)
+    unit = 1.0
+    if model.tied:
+        embedding, unit = embedding * lengths * spread, 3.0 * spread
     weights = {"model.embed_tokens.weight": embedding}
     for index in range(model.layers):
         prefix = f"model.layers.{index}."
@@ -162,13 +167,44 @@ def write_model(folder: Path, model: TinyModel) -> Path:
         weights |= layer_weights(rng, prefix, model, unit, gain, model.family == "qwen2")
     weights["model.norm.weight"] = 1.0 + 0.2 * rng.normal(size=model.hidden)
     if not model.tied:
-        weights["lm_head.weight"] = (
-            rng.normal(size=(model.vocab, model.hidden)) * lengths * spread
-        )
+        weights["lm_head.weight"] = rng.normal(size=(model.vocab, model.hidden)) * lengths * spread
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, weights, model.dtype, model.shards)
     (folder / "config.json").write_text(json.dumps(model_config(model), indent=1))
+    if model.tokenizer:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(model)))
     return folder
+
+
+def tokenizer_json(model: TinyModel) -> dict:
+    """A tokenizer whose words are "w0", "w1", ...: one per token id."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: token for token, word in enumerate(words(model))},
+            "unk_token": "w0",
+        },
+    }
+
+
+def words(model: TinyModel) -> list[str]:
+    return [f"w{token}" for token in range(model.vocab)]
+
+
+def tokenizer_fingerprint(model: TinyModel) -> str:
+    """SHA-256 over (id, bytes, UTF-8) of every token in order; numbers are little-endian u32."""
+    digest = hashlib.sha256()
+    for token, word in enumerate(words(model)):
+        digest.update(struct.pack("<II", token, len(word)) + word.encode())
+    return digest.hexdigest()
 
 
 def write_weights(folder: Path, weights: dict[str, np.ndarray], dtype: str, shards: int) -> None:

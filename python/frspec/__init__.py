@@ -1,0 +1,29 @@
+"""FR-Spec: exact, low-latency text generation with large-vocabulary language models."""
+
+from .errors import (
+    ConversionError,
+    DeviceError,
+    FrspecError,
+    HubError,
+    MemoryPlanError,
+    ModelError,
+    RankingError,
+    RequestError,
+)
+from .generator import Generator, Result, TextStream, Timings, Tree
+
+__all__ = [
+    "ConversionError",
+    "DeviceError",
+    "FrspecError",
+    "Generator",
+    "HubError",
+    "MemoryPlanError",
+    "ModelError",
+    "RankingError",
+    "RequestError",
+    "Result",
+    "TextStream",
+    "Timings",
+    "Tree",
+]

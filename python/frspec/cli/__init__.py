@@ -1,0 +1,101 @@
+"""The command `frspec`: results on stdout, progress and errors on stderr.
+
+Exit codes: 0, 1 (a check that the command makes failed), 2 with one line on stderr (bad input),
+130 (Ctrl-C), 141 (the reader of stdout went away).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import convert, demo, ranking
+from ..errors import FrspecError
+from ..options import HelpFormatter
+from . import chat, generate, info
+
+# name, one line for `frspec --help`, the module with add_arguments(parser) and run(args)
+_COMMANDS = (
+    ("generate", "write one continuation or answer", generate),
+    ("chat", "talk with a model", chat),
+    ("convert", "turn a GGUF, PyTorch or EAGLE checkpoint into a model folder", convert),
+    ("rank-tokens", "rank a vocabulary by frequency, for --vocab-size", ranking),
+    ("info", "memory plan of a model, and what this build supports", info),
+    ("demo", "fetch a small model and compare the methods on it", demo),
+)
+
+_EPILOG = """\
+examples:
+  frspec demo
+  frspec convert model.gguf ./model
+  frspec generate --model ./model --prompt "Why is the sky blue?"
+  frspec generate --model ./model --drafter ./drafter \\
+      --ranking ranking.safetensors --vocab-size 16384 --prompt "Why is the sky blue?"
+  frspec COMMAND --help
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line: argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _UsageError(Exception):
+    """A command line that does not follow the usage."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (by default the process's) and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character the terminal lacks must not end the text
+            stream.reconfigure(errors="replace")
+    try:
+        args = _parser().parse_args(argv)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at its end, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (_UsageError, FrspecError) as error:
+        return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}" if str(error) else "out of memory")
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+
+
+def _fail(message: str) -> int:
+    print(f"frspec: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="frspec",
+        description="Exact, low-latency text generation: a drafter proposes, the model verifies,"
+        " and the text is the one the model would have written alone.",
+        epilog=_EPILOG,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"frspec {info.version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for name, summary, module in _COMMANDS:
+        command = commands.add_parser(
+            name, help=summary, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser

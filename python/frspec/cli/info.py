@@ -1,0 +1,147 @@
+"""`frspec info`: what a model takes, and what this build can do, without loading weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..console import format_bytes, write_json, write_table
+from ..generator import plan_engine
+from ..options import add_machine_options, add_model_options, add_tree_options, generator_options
+
+_EPILOG = """\
+examples:
+  frspec info
+  frspec info --model ./model --max-context 8192
+  frspec info --model ./model --drafter ./drafter --memory-limit 2GB --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `frspec info`."""
+    parser.description = (
+        "Prints the memory that a model would take, by what it is for, without loading weights,"
+        " and what this build supports. Without --model only the latter."
+    )
+    parser.epilog = _EPILOG
+    add_model_options(parser, required=False)
+    add_tree_options(parser)
+    add_machine_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; raises a FrspecError when it cannot."""
+    facts: dict[str, Any] = {"build": _describe_build()}
+    if args.model is not None:
+        facts |= _describe_model(args, facts["build"]["devices"])
+    if args.json:
+        write_json(facts)
+        return 0
+    _print_build(facts["build"])
+    if args.model is not None:
+        print()
+        _print_model(args.model, facts["model"])
+        print()
+        _print_plan(facts["memory"])
+    return 0
+
+
+def version() -> str:
+    """The installed version; "(not installed)" for a source tree on the path."""
+    try:
+        return metadata.version("frspec")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _describe_build() -> dict[str, Any]:
+    return {
+        "version": version(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": _core.devices(),
+    }
+
+
+def _describe_model(args: argparse.Namespace, devices: list[dict[str, Any]]) -> dict[str, Any]:
+    engine, folder = plan_engine(**generator_options(args))
+    config = _read_config(folder)
+    heads = config["num_attention_heads"]
+    plan = dict(engine.plan)
+    kind = engine.device.split(":")[0]
+    available = next((d["available_bytes"] for d in devices if d["name"] == kind), None)
+    if args.memory_limit is not None:
+        limits = [args.memory_limit, available]
+        available = min(limit for limit in limits if limit is not None)
+    total = sum(plan.values())
+    return {
+        "model": {
+            "architecture": (config.get("architectures") or [config.get("model_type", "")])[0],
+            "layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "attention_heads": heads,
+            "key_value_heads": config.get("num_key_value_heads", heads),
+            "vocab_size": engine.vocab_size,
+            "dtype": engine.dtype,
+            "step_bytes": engine.step_bytes,
+            "draft_vocab_size": engine.draft_vocab_size if engine.has_drafter else None,
+        },
+        "memory": {
+            "device": engine.device,
+            "max_context": engine.max_context,
+            "plan": plan,
+            "total_bytes": total,
+            "available_bytes": available,
+            "fits": None if available is None else total <= available,
+        },
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _print_build(build: dict[str, Any]) -> None:
+    rows = [["python", build["python"]], ["platform", build["platform"]]]
+    for device in build["devices"]:
+        text = device["description"]
+        if device["available"]:
+            text += f", {format_bytes(device['available_bytes'])} of memory available"
+        else:
+            text = f"no: {text}"
+        rows.append([device["name"], text])
+    write_table(f"frspec {build['version']}", ["", ""], rows)
+
+
+def _print_model(name: str, model: dict[str, Any]) -> None:
+    rows = [
+        ["architecture", model["architecture"]],
+        ["layers", f"{model['layers']} of hidden size {model['hidden_size']}"],
+        [
+            "attention",
+            f"{model['attention_heads']} heads, {model['key_value_heads']} of keys and values",
+        ],
+        ["vocabulary", f"{model['vocab_size']:,} tokens"],
+        ["weights in memory", model["dtype"]],
+        ["a decoding step reads", format_bytes(model["step_bytes"])],
+    ]
+    if model["draft_vocab_size"] is not None:
+        rows.append(["drafter scores", f"{model['draft_vocab_size']:,} tokens"])
+    write_table(name, ["", ""], rows)
+
+
+def _print_plan(memory: dict[str, Any]) -> None:
+    rows = [[part, f"{count:,}"] for part, count in memory["plan"].items()]
+    rows.append(["total", f"{memory['total_bytes']:,}"])
+    title = f"memory plan on {memory['device']} for a context of {memory['max_context']:,} tokens"
+    write_table(title, ["", "bytes"], rows)
+    if memory["available_bytes"] is not None:
+        verdict = "fits into" if memory["fits"] else "does not fit into"
+        print(f"{verdict} the {memory['available_bytes']:,} bytes available")

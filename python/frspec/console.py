@@ -1,0 +1,79 @@
+"""Writing for people and for pipes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .generator import Result
+
+# A terminal obeys control characters, and a model may write any: all but tab and newline.
+_CONTROLS = {
+    code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"
+}
+
+
+def write_text(piece: str) -> None:
+    """Writes a piece of generated text to stdout at once."""
+    if sys.stdout.isatty():
+        piece = piece.translate(_CONTROLS)
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def write_json(value: Any) -> None:
+    """One JSON object in one line on stdout."""
+    print(json.dumps(value))
+
+
+def write_summary(result: Result) -> None:
+    """One line about a finished text on stderr."""
+    count = len(result.token_ids)
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
+    if result.timings.tokens_per_s > 0:
+        parts.append(f"{result.timings.tokens_per_s:.1f} tokens/s")
+    if result.method == "eagle2" and result.accept_lengths:
+        parts.append(f"accept length {accept_length(result.accept_lengths):.2f}")
+    parts += [f"{result.method} on {result.device}", result.finish_reason]
+    Console(stderr=True).print(", ".join(parts), style="dim", highlight=False, soft_wrap=True)
+
+
+def accept_length(accept_lengths: Sequence[int]) -> float:
+    """Mean number of tokens that a round gave; 0 without a round."""
+    return sum(accept_lengths) / len(accept_lengths) if accept_lengths else 0.0
+
+
+def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout: with lines in a terminal, else aligned plain text.
+
+    The first column holds words; the others hold figures if they have a heading.
+    """
+    terminal = sys.stdout.isatty()
+    # Away from a terminal nothing may be folded at the 80 columns that rich assumes there.
+    console = Console() if terminal else Console(width=400)
+    table = Table(
+        box=rich.box.ROUNDED if terminal else None,
+        show_header=any(columns),
+        pad_edge=terminal,
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and column else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    if title:
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+def format_bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

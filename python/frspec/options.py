@@ -1,0 +1,178 @@
+"""Command-line options that several commands share, so that they are the same words everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+from .generator import CPU_TREE, Tree
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs and keeps texts of several lines (the examples) as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" not in text:
+            return super()._fill_text(text, width, indent)
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--model, --drafter, --ranking, --vocab-size"""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", required=required, metavar="DIR|HUB", help="model folder, or hub id (owner/name)"
+    )
+    group.add_argument(
+        "--drafter", metavar="DIR|HUB", help="EAGLE drafter of the model (default: none)"
+    )
+    group.add_argument(
+        "--ranking",
+        metavar="FILE",
+        help="tokens by frequency, made by `frspec rank-tokens`; needed by --vocab-size N",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=_vocab_size,
+        metavar="N|full",
+        help="the drafter scores only the N most frequent tokens (default: full)",
+    )
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype, --max-context, --memory-limit, --threads"""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="of the weights in memory (default: as they are stored)",
+    )
+    group.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="tokens of prompt and answer together (default: the model's, at most 4096)",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=_byte_count,
+        metavar="SIZE",
+        help="such as 2GB, 512MiB or a number of bytes (default: what the device has)",
+    )
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: all that the process may use)",
+    )
+
+
+def add_tree_options(parser: argparse.ArgumentParser) -> None:
+    """--tree-depth, --tree-topk, --tree-tokens"""
+    group = parser.add_argument_group("draft tree", "default: what suits the device")
+    group.add_argument("--tree-depth", type=int, metavar="D", help="levels drafted in a round")
+    group.add_argument("--tree-topk", type=int, metavar="K", help="nodes kept in each level")
+    group.add_argument("--tree-tokens", type=int, metavar="N", help="nodes verified in a round")
+
+
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """--method, --max-new-tokens, --temperature, --top-k, --top-p, --min-p, --seed, --stop"""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--method",
+        choices=("plain", "eagle2"),
+        help="the text is the same (default: eagle2 with a drafter, plain without)",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0 takes the likeliest token, above it tokens are drawn (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw from the K likeliest tokens; 0: from all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens that hold probability P (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="draw from tokens at least P times as likely as the likeliest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="the same seed draws the same text, with any method (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STR",
+        help="end the text before this string; may be given several times",
+    )
+
+
+def generator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of Generator and plan_engine."""
+    names = ("model", "drafter", "ranking", "vocab_size", "device", "dtype", "max_context")
+    options = {name: getattr(args, name) for name in (*names, "memory_limit", "threads")}
+    options["tree"] = draft_tree(args)
+    return options
+
+
+def draft_tree(args: argparse.Namespace) -> Tree | None:
+    """The tree of --tree-*, with the defaults for what is not given; None when nothing is."""
+    sizes = {"depth": args.tree_depth, "topk": args.tree_topk, "tokens": args.tree_tokens}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return dataclasses.replace(CPU_TREE, **given) if given else None
+
+
+def request_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of Generator.generate and Generator.stream beside the prompt."""
+    names = ("method", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def _vocab_size(text: str) -> int | str:
+    if text == "full":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens or 'full', found {text!r}"
+        ) from None
+
+
+def _byte_count(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"expected a size such as 2GB, 512MiB or 1000000, found {text!r}"
+        )
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index((prefix or " ").lower()))

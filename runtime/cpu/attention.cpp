@@ -1,0 +1,86 @@
+// Cuts attention into tasks: tiles of rows times key/value heads, and for few rows also splits of
+// the logical positions. The result is the same bits for every cut (attention_kernel.h).
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/workspace.h"
+
+namespace frspec::cpu {
+
+void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
+                           const Visible& visible) {
+  const int64_t rows = q.rows;
+  const int64_t head_dim = kv.head_dim;
+  const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;
+  FRSPEC_CHECK(kv.dtype == DType::kF32 && head_dim > 0 && head_dim % 8 == 0 &&
+                   head_dim <= kMaxHeadDim,
+               Error, "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
+               ", found ", head_dim);
+  FRSPEC_CHECK(kv.heads > 0 && query_heads % kv.heads == 0 && query_heads * head_dim == q.cols &&
+                   out.cols == q.cols && out.rows == rows,
+               Error, "attention: q [", rows, ", ", q.cols, "] does not fit ", kv.heads,
+               " key/value heads of ", head_dim);
+  const int64_t heads = query_heads / kv.heads;
+  FRSPEC_CHECK(heads <= kAttentionQueries, Error, "attention: ", heads,
+               " query heads share a key/value head, at most ", kAttentionQueries, " may");
+  if (rows == 0) return;
+
+  // Large tiles share the work on keys and values; small ones keep all threads busy.
+  const int64_t wanted_tasks = 4 * pool_.threads();
+  int64_t tile = kAttentionQueries / heads;
+  tile = std::min(tile, std::max<int64_t>(1, rows * kv.heads / wanted_tasks));
+  const int64_t tiles = (rows + tile - 1) / tile;
+  const int64_t max_splits =
+      std::max<int64_t>(1, (visible.max_length + kAttentionSplit - 1) / kAttentionSplit);
+  const int64_t partial = head_dim + 2;
+  const bool splits = pool_.threads() > 1 && max_splits > 1 && tiles * kv.heads < wanted_tasks &&
+                      rows * query_heads * max_splits * partial <= split_partials_size_;
+  const int64_t split_tasks = splits ? max_splits : 1;
+
+  pool_.parallel_for(tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end,
+                                                            int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t split = i % split_tasks;
+      const int64_t head = i / split_tasks % kv.heads;
+      const int64_t row = i / split_tasks / kv.heads * tile;
+      const int64_t column = head * heads * head_dim;
+      AttentionTask task{};
+      task.out = out.row<float>(row) + column;
+      task.out_stride = out.stride;
+      task.q = q.row<float>(row) + column;
+      task.q_stride = q.stride;
+      task.keys = static_cast<const float*>(kv.keys) + head * kv.slots * head_dim;
+      task.values = static_cast<const float*>(kv.values) + head * kv.slots * head_dim;
+      task.prefix_length = visible.prefix_length + row;
+      task.ancestor_words = visible.ancestor_words;
+      if (visible.ancestor_words > 0) {
+        task.ancestors = visible.ancestors + row * visible.ancestor_words;
+        task.tree_base = *visible.tree_base;
+      }
+      task.rows = std::min(tile, rows - row);
+      task.heads = heads;
+      task.head_dim = head_dim;
+      task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+      task.first_split = splits ? split : 0;
+      task.end_split = splits ? split + 1 : max_splits;
+      if (splits) {
+        task.partial_head_stride = max_splits * partial;
+        task.partial_row_stride = query_heads * task.partial_head_stride;
+        task.partial = split_partials_ + row * task.partial_row_stride +
+                       head * heads * task.partial_head_stride + split * partial;
+      }
+      task.scratch = attention_scratch_ + thread;
+      kernels_.attention(task);
+    }
+  });
+  if (!splits) return;
+  for (int64_t i = 0; i < rows * query_heads; ++i) {
+    kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
+                          split_partials_ + i * max_splits * partial, max_splits, partial, head_dim,
+                          attention_scratch_->block);
+  }
+}
+
+}  // namespace frspec::cpu

@@ -1,0 +1,112 @@
+// The CPU backend: fp32 activations and KV cache, weights packed into panels, a fixed thread pool.
+// The ops are implemented in the files of their names; the arithmetic is in the *_kernel.h files,
+// compiled once per instruction set (kernels.h).
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/host_memory.h"
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+
+namespace frspec::cpu {
+
+// Columns that one task of a vocabulary-wide op covers. Fixed, because partial sums are merged by
+// chunk: results must not depend on the thread count.
+constexpr int64_t kColumnChunk = 16384;
+constexpr int64_t column_chunks(int64_t cols) { return (cols + kColumnChunk - 1) / kColumnChunk; }
+
+struct TokenLogit {
+  float logit;
+  int32_t token;
+};
+
+// The k best of one chunk of columns, and its part of the softmax sum.
+struct TopkChunk {
+  float max;
+  float sum;  // of exp(logit - max)
+  int32_t count;
+  TokenLogit best[kMaxTreeTopK];
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(int threads, const Kernels& kernels);
+
+  DeviceInfo info() const override;
+  DType activation_dtype() const override { return DType::kF32; }
+  DType kv_dtype(DType) const override { return DType::kF32; }
+  void layout(Arena& arena, const WorkspaceLimits& limits) override;
+  void* allocate(size_t bytes) override;
+  void upload(void* destination, const void* host_source, size_t bytes) override;
+  void download(void* host_destination, const void* source, size_t bytes) override;
+
+  size_t linear_bytes(DType dtype, int64_t out_features, int64_t in_features) const override;
+  void load_linear(const LinearWeight& weight, int64_t first_row,
+                   const Tensor& host_source) override;
+  void load_vector(float* destination, const Tensor& host_source) override;
+  void gather_linear(const LinearWeight& destination, const LinearWeight& source,
+                     const int32_t* host_rows) override;
+
+  void embed(const Tensor& out, const LinearWeight& table, const int32_t* tokens) override;
+  void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps) override;
+  void linear(const Tensor& out, const Tensor& x, const LinearWeight& w,
+              const Tensor* residual) override;
+  void linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
+                     const LinearWeight& up) override;
+  void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
+                       const int32_t* positions, const int32_t* slots) override;
+  void attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
+                 const Visible& visible) override;
+  void gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) override;
+
+  void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
+                     const int32_t* column_tokens, int64_t k) override;
+  void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+                     const int32_t* positions) override;
+  void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
+  void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
+  void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
+  void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
+                 const int32_t* path, const int32_t* path_length) override;
+
+ private:
+  // x as the kernels of w's type read it.
+  struct Rows {
+    const void* data;
+    int64_t stride;  // in 32-bit units
+  };
+  Rows prepare_rows(const Tensor& x, DType weight_dtype);
+  template <typename Body>
+  void for_panel_groups(int64_t rows, int64_t panels, int64_t group, const Body& body);
+  void find_likeliest(const Tensor& logits);
+  void sample_all(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+                  const int32_t* positions);
+  void sample_filtered(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+                       const int32_t* positions);
+
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  HostMemory memory_;
+
+  // Scratch, from layout().
+  WorkspaceLimits limits_;
+  float* accumulators_ = nullptr;          // [threads, rows of a block, outputs of a task]
+  int64_t accumulators_per_thread_ = 0;
+  uint32_t* prepared_rows_ = nullptr;      // [rows, depth]
+  AttentionScratch* attention_scratch_ = nullptr;  // [threads]
+  float* split_partials_ = nullptr;
+  int64_t split_partials_size_ = 0;
+  TopkChunk* topk_chunks_ = nullptr;       // [kTopkRows, chunks]
+  TokenLogit* chosen_chunks_ = nullptr;    // [choice rows, chunks]
+  TokenLogit* noisy_chunks_ = nullptr;     // [choice rows, chunks]: scores in place of logits
+  TokenLogit* candidates_ = nullptr;       // [threads, V]
+};
+
+// kernels: null for the best of this machine. threads: 0 = all that the process may use.
+std::unique_ptr<Backend> make_cpu_backend(int threads, const Kernels* kernels = nullptr);
+
+}  // namespace frspec::cpu

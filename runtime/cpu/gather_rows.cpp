@@ -1,0 +1,17 @@
+#include <cstring>
+
+#include "check.h"
+#include "cpu/cpu_backend.h"
+
+namespace frspec::cpu {
+
+void CpuBackend::gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) {
+  FRSPEC_CHECK(out.cols == src.cols && out.dtype == src.dtype, Error, "gather_rows: out has ",
+               out.cols, " columns, the source ", src.cols);
+  const size_t bytes = static_cast<size_t>(src.cols) * dtype_size(src.dtype);
+  for (int64_t r = 0; r < out.rows; ++r) {
+    std::memcpy(out.row_slice(r, 1).data, src.row_slice(rows[r], 1).data, bytes);
+  }
+}
+
+}  // namespace frspec::cpu

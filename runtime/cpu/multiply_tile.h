@@ -1,0 +1,118 @@
+// The register tile under linear and attention: M rows of x times two vectors of outputs.
+//
+// Every output is one fp32 accumulator, summed over k ascending, whatever M is: that makes a row's
+// result independent of the rows beside it. An accumulator may be stored and loaded between blocks
+// of k; fp32 stores are exact.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace frspec::cpu::FRSPEC_ISA {
+
+// Weights of the linear panels: two vectors of outputs for each group of kGroup values of k.
+struct PlainWeights {
+  using X = Simd::F;
+  static constexpr int kGroup = 1;
+  static FRSPEC_INLINE X spread(const float* x) { return Simd::set(*x); }
+  static FRSPEC_INLINE Simd::F multiply_add(X x, Simd::F weights, Simd::F sum) {
+    return Simd::fma(x, weights, sum);
+  }
+};
+
+struct BF16Weights : PlainWeights {
+  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 2;  // per k
+  static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
+    Simd::load_bf16(p, a, b);
+  }
+};
+
+struct F16Weights : PlainWeights {
+  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 2;
+  static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
+    a = Simd::load_f16(p);
+    b = Simd::load_f16(p + Simd::kLanes * 2);
+  }
+};
+
+struct F32Weights : PlainWeights {
+  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 4;
+  static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
+    a = Simd::load(reinterpret_cast<const float*>(p));
+    b = Simd::load(reinterpret_cast<const float*>(p) + Simd::kLanes);
+  }
+};
+
+struct TilePrefetch {
+  const char* next;  // what the following tile block will read
+  int64_t step;      // bytes per four k; 0: no prefetch
+};
+
+// out[p][r] (+)= x[r] . panel p, for M rows and N panels, `depth` values of k.
+template <typename Weights, int M, int N>
+FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const float* x,
+                                 int64_t x_stride, int64_t depth, float* out,
+                                 int64_t out_panel_stride, bool accumulate,
+                                 TilePrefetch prefetch) {
+  using F = Simd::F;
+  constexpr int64_t kOutputs = 2 * Simd::kLanes;
+  F sum[N][M][2];
+#pragma GCC unroll 16
+  for (int p = 0; p < N; ++p) {
+#pragma GCC unroll 16
+    for (int r = 0; r < M; ++r) {
+      const float* from = out + p * out_panel_stride + r * kOutputs;
+      sum[p][r][0] = accumulate ? Simd::load(from) : Simd::zero();
+      sum[p][r][1] = accumulate ? Simd::load(from + Simd::kLanes) : Simd::zero();
+    }
+  }
+  const auto step = [&](const char* w, const float* xk) __attribute__((always_inline)) {
+    typename Weights::X spread[M];
+    if constexpr (N > 1) {
+#pragma GCC unroll 16
+      for (int r = 0; r < M; ++r) spread[r] = Weights::spread(xk + r * x_stride);
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < N; ++p) {
+      F a, b;
+      Weights::load(w + p * panel_bytes, a, b);
+#pragma GCC unroll 16
+      for (int r = 0; r < M; ++r) {
+        const auto value = N > 1 ? spread[r] : Weights::spread(xk + r * x_stride);
+        sum[p][r][0] = Weights::multiply_add(value, a, sum[p][r][0]);
+        sum[p][r][1] = Weights::multiply_add(value, b, sum[p][r][1]);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    if (prefetch.step != 0) {
+      Simd::prefetch(prefetch.next);
+      prefetch.next += prefetch.step;
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u += Weights::kGroup) step(weights + u * Weights::kRowBytes, x + u);
+    weights += 4 * Weights::kRowBytes;
+    x += 4;
+  }
+  for (; k < depth; k += Weights::kGroup) {
+    step(weights, x);
+    weights += Weights::kGroup * Weights::kRowBytes;
+    x += Weights::kGroup;
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < N; ++p) {
+#pragma GCC unroll 16
+    for (int r = 0; r < M; ++r) {
+      float* to = out + p * out_panel_stride + r * kOutputs;
+      Simd::store(to, sum[p][r][0]);
+      Simd::store(to + Simd::kLanes, sum[p][r][1]);
+    }
+  }
+}
+
+// The number of tiles of at most kTileRows that `rows` are cut into, as evenly as possible.
+FRSPEC_INLINE int64_t tile_count(int64_t rows) {
+  return (rows + Simd::kTileRows - 1) / Simd::kTileRows;
+}
+
+}  // namespace frspec::cpu::FRSPEC_ISA

@@ -1,0 +1,107 @@
+// Vectors of 16 floats with AVX-512 F, BW, VL and DQ. The interface is that of simd_portable.h.
+#pragma once
+
+#ifndef FRSPEC_EMULATE_AVX512
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+#define FRSPEC_INLINE inline __attribute__((always_inline))
+
+namespace frspec::cpu::FRSPEC_ISA {
+
+struct Simd {
+  using F = __m512;
+
+  static constexpr int kLanes = 16;
+  static constexpr int kTileRows = 12;
+  static constexpr int kTilePanels = 4;
+
+  static FRSPEC_INLINE F zero() { return _mm512_setzero_ps(); }
+  static FRSPEC_INLINE F set(float value) { return _mm512_set1_ps(value); }
+  static FRSPEC_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static FRSPEC_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static FRSPEC_INLINE __mmask16 lane_mask(int64_t count) {
+    return count < kLanes ? static_cast<__mmask16>((1u << count) - 1) : __mmask16{0xffff};
+  }
+  static FRSPEC_INLINE F load_partial(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(lane_mask(count), p);
+  }
+  static FRSPEC_INLINE void store_partial(float* p, F v, int64_t count) {
+    _mm512_mask_storeu_ps(p, lane_mask(count), v);
+  }
+  static FRSPEC_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static FRSPEC_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static FRSPEC_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static FRSPEC_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static FRSPEC_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static FRSPEC_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static FRSPEC_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static FRSPEC_INLINE F zero_where_less(F v, F x, F bound) {
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(~_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ)),
+                               v);
+  }
+  static FRSPEC_INLINE uint32_t greater_mask(F a, F b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+  }
+  static FRSPEC_INLINE bool any_greater(F a, F b) { return greater_mask(a, b) != 0; }
+  static FRSPEC_INLINE F round(F v) {  // |v| < 2^22
+    const F magic = set(12582912.0f);
+    return sub(add(v, magic), magic);
+  }
+  static FRSPEC_INLINE F power_of_two(F n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+  }
+  static FRSPEC_INLINE float sum(F v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+  }
+  static FRSPEC_INLINE float maximum(F v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    return lanes[0];
+  }
+
+  static FRSPEC_INLINE void load_bf16(const void* p, F& low, F& high) {
+    const __m512i both = _mm512_loadu_si512(p);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    high = _mm512_castsi512_ps(
+        _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  static FRSPEC_INLINE F load_f16(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+
+  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column,
+                                       float* destination, int64_t destination_stride) {
+    // Rows 0-3 and 4-7 share a vector from the start, so that only in-lane shuffles remain.
+    for (int half = 0; half < 2; ++half) {
+      __m256 v[4];
+      for (int r = 0; r < 4; ++r) {
+        v[r] = _mm256_insertf128_ps(
+            _mm256_castps128_ps256(_mm_loadu_ps(rows[r] + column + 4 * half)),
+            _mm_loadu_ps(rows[r + 4] + column + 4 * half), 1);
+      }
+      const __m256 a = _mm256_unpacklo_ps(v[0], v[1]);
+      const __m256 b = _mm256_unpackhi_ps(v[0], v[1]);
+      const __m256 c = _mm256_unpacklo_ps(v[2], v[3]);
+      const __m256 d = _mm256_unpackhi_ps(v[2], v[3]);
+      float* to = destination + 4 * half * destination_stride;
+      _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
+      _mm256_storeu_ps(to + destination_stride, _mm256_shuffle_ps(a, c, 0xee));
+      _mm256_storeu_ps(to + 2 * destination_stride, _mm256_shuffle_ps(b, d, 0x44));
+      _mm256_storeu_ps(to + 3 * destination_stride, _mm256_shuffle_ps(b, d, 0xee));
+    }
+  }
+
+  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+}  // namespace frspec::cpu::FRSPEC_ISA

@@ -1,0 +1,69 @@
+// A fixed pool: the caller and threads - 1 workers share the items of a parallel region.
+//
+// Items are handed out in chunks that shrink towards the end of the region (guided scheduling), so
+// that on a shared machine one slow thread does not hold up the others. A worker that has not woken
+// when the others finish is not waited for. A region allocates nothing and costs about a
+// microsecond while the workers are awake; idle workers spin for some tens of microseconds and then
+// sleep.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace frspec::cpu {
+
+// The number of CPUs that this process may use: scheduler affinity and cgroup quota.
+int usable_threads();
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);  // >= 1; DeviceError when a thread cannot be started
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls body(begin, end, thread) for chunks that cover [0, count) once; thread is in
+  // [0, threads()) and no two concurrent calls have the same. Chunks have at least `grain` items,
+  // the last one excepted. count < 2^31. The body must not throw. One region at a time.
+  template <typename Body>
+  void parallel_for(int64_t count, int64_t grain, const Body& body) {
+    if (count <= 0) return;
+    if (workers_.empty() || count <= grain) {
+      body(int64_t{0}, count, 0);
+      return;
+    }
+    run(count, grain,
+        [](const void* context, int64_t begin, int64_t end, int thread) {
+          (*static_cast<const Body*>(context))(begin, end, thread);
+        },
+        &body);
+  }
+
+ private:
+  using Invoke = void (*)(const void* context, int64_t begin, int64_t end, int thread);
+
+  void run(int64_t count, int64_t grain, Invoke invoke, const void* context);
+  void work(int thread);
+  void worker_loop(int thread);
+  void stop();
+
+  // The region's number in the upper half, the next item to hand out in the lower: taking a chunk
+  // checks in the same step that the region is still the one whose job_* were read.
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<uint32_t> region_{0};  // what idle workers watch and sleep on
+  alignas(64) std::atomic<int64_t> done_{0};     // items finished
+  alignas(64) std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int64_t> job_count_{0};
+  std::atomic<int64_t> job_grain_{1};
+  std::atomic<Invoke> job_invoke_{nullptr};
+  std::atomic<const void*> job_context_{nullptr};
+  std::atomic<bool> stopping_{false};
+  bool oversubscribed_ = false;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace frspec::cpu

@@ -1,0 +1,34 @@
+// The scratch memory of the CPU backend's ops.
+#include <algorithm>
+
+#include "cpu/cpu_backend.h"
+#include "cpu/workspace.h"
+
+namespace frspec::cpu {
+
+void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
+  const char* name = "cpu workspace";
+  const int64_t threads = pool_.threads();
+  limits_ = limits;
+
+  const int64_t outputs = kernels_.task_panels * kernels_.panel;
+  accumulators_per_thread_ = std::min(limits.rows, kLinearRowBlock) * outputs;
+  accumulators_ = arena.take_array<float>(name, threads * accumulators_per_thread_);
+  if (kernels_.prepare_row != nullptr) {
+    prepared_rows_ = arena.take_array<uint32_t>(name, limits.rows * prepared_stride(limits.in_features));
+  }
+
+  attention_scratch_ = arena.take_array<AttentionScratch>(name, threads);
+  const int64_t splits = (limits.visible + kAttentionSplit - 1) / kAttentionSplit;
+  split_partials_size_ = std::min(limits.rows, kSplitRows) * limits.query_heads * splits *
+                         (std::min(limits.in_features, kMaxHeadDim) + 2);
+  split_partials_ = arena.take_array<float>(name, split_partials_size_);
+
+  const int64_t chunks = column_chunks(limits.vocab);
+  topk_chunks_ = arena.take_array<TopkChunk>(name, std::min(limits.rows, kTopkRows) * chunks);
+  chosen_chunks_ = arena.take_array<TokenLogit>(name, limits.choice_rows * chunks);
+  noisy_chunks_ = arena.take_array<TokenLogit>(name, limits.choice_rows * chunks);
+  candidates_ = arena.take_array<TokenLogit>(name, threads * limits.vocab);
+}
+
+}  // namespace frspec::cpu

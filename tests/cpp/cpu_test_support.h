@@ -1,0 +1,129 @@
+// Shared by the tests of the CPU backend: every instruction set that this machine can run (AVX-512
+// also emulated), backends with a workspace, and random data.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "cpu/convert.h"
+#include "cpu/cpu_backend.h"
+
+namespace frspec::cpu {
+
+const Kernels* kernels_avx512_emulated();
+const Kernels* kernels_avx512_bf16_emulated();
+
+inline std::vector<const Kernels*> all_kernels() {
+  std::vector<const Kernels*> all{kernels_portable()};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    all.push_back(kernels_avx2());
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    all.push_back(kernels_avx512());
+    if (__builtin_cpu_supports("avx512bf16")) all.push_back(kernels_avx512_bf16());
+  }
+#endif
+  all.push_back(kernels_avx512_emulated());
+  all.push_back(kernels_avx512_bf16_emulated());
+  return all;
+}
+
+// A backend with its workspace.
+class TestBackend {
+ public:
+  TestBackend(const Kernels& kernels, int threads, const WorkspaceLimits& limits)
+      : backend_(make_cpu_backend(threads, &kernels)) {
+    Arena plan;
+    backend_->layout(plan, limits);
+    bytes_ = plan.used_bytes();
+    Arena arena(backend_->allocate(bytes_), bytes_);
+    backend_->layout(arena, limits);
+  }
+  Backend* operator->() const { return backend_.get(); }
+  Backend& operator*() const { return *backend_; }
+
+ private:
+  std::unique_ptr<Backend> backend_;
+  size_t bytes_ = 0;
+};
+
+class Random {
+ public:
+  explicit Random(uint32_t seed) : engine_(seed) {}
+  float normal(float scale = 1.0f) { return scale * normal_(engine_); }
+  int64_t below(int64_t bound) {
+    return static_cast<int64_t>(engine_() % static_cast<uint64_t>(bound));
+  }
+  double uniform() { return std::uniform_real_distribution<double>()(engine_); }
+
+ private:
+  std::mt19937_64 engine_;
+  std::normal_distribution<float> normal_;
+};
+
+// A row-major fp32 matrix with room behind each row, so that strides are tested too.
+class Matrix {
+ public:
+  Matrix(int64_t rows, int64_t cols, int64_t gap = 0)
+      : rows_(rows), cols_(cols), stride_(cols + gap),
+        data_(static_cast<size_t>(rows * (cols + gap)) + 1, 0.0f) {}
+  Matrix(int64_t rows, int64_t cols, Random& random, float scale = 1.0f, int64_t gap = 0)
+      : Matrix(rows, cols, gap) {
+    for (float& value : data_) value = random.normal(scale);
+  }
+  Tensor tensor() { return {data_.data(), DType::kF32, rows_, cols_, stride_}; }
+  float* row(int64_t r) { return data_.data() + r * stride_; }
+  const float* row(int64_t r) const { return data_.data() + r * stride_; }
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+
+ private:
+  int64_t rows_, cols_, stride_;
+  std::vector<float> data_;
+};
+
+inline bool equal_bits(const float* a, const float* b, int64_t count) {
+  return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(float)) == 0;
+}
+
+// A packed weight, with the values that it holds (rounded to its type) in fp32.
+class TestWeight {
+ public:
+  TestWeight(Backend& backend, DType dtype, const Matrix& values, const float* bias = nullptr)
+      : rounded_(values.rows(), values.cols()),
+        memory_(backend.linear_bytes(dtype, values.rows(), values.cols()) / 4 + 32, 0),
+        source_(static_cast<size_t>(values.rows() * values.cols())) {
+    // 64-byte aligned, as in the arena.
+    auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    address = (address + 127) / 128 * 128;
+    weight_ = {reinterpret_cast<void*>(address), dtype, values.rows(), values.cols(), bias};
+    for (int64_t r = 0; r < values.rows(); ++r) {
+      char* to = reinterpret_cast<char*>(source_.data()) +
+                 static_cast<size_t>(r * values.cols()) * dtype_size(dtype);
+      convert(to, dtype, values.row(r), DType::kF32, values.cols());
+      convert(rounded_.row(r), DType::kF32, to, dtype, values.cols());
+    }
+    backend.load_linear(weight_, 0, source());
+  }
+  Tensor source() {
+    return {source_.data(), weight_.dtype, rounded_.rows(), rounded_.cols(), rounded_.cols()};
+  }
+  const LinearWeight& weight() const { return weight_; }
+  const Matrix& values() const { return rounded_; }
+
+ private:
+  Matrix rounded_;
+  std::vector<uint32_t> memory_;
+  std::vector<uint32_t> source_;
+  LinearWeight weight_;
+};
+
+}  // namespace frspec::cpu

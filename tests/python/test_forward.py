@@ -1,0 +1,128 @@
+"""The forward pass of every family and dtype against the double-precision reference.
+
+Tolerances are relative errors of whole rows of logits, |found - expected| / |expected|. The
+weights are the same numbers on both sides, so what remains is the runtime's own rounding: of
+fp32 sums, and where weights have 16 bits, of activations and cached keys and values.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from reference import tiny
+from reference.llama import relative_margin
+
+TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+# Two best logits this far apart (in rms of the row) cannot change places within the tolerance:
+# the difference of two logits is off by some five times the error of an average one at most.
+MARGIN = {dtype: 5 * tolerance for dtype, tolerance in TOLERANCE.items()}
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    assert np.isfinite(found).all()
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def clear_prompts(target, lengths: list[int], count: int, margin: float) -> list[tuple]:
+    """For each length a random prompt whose greedy text of `count` tokens has no near-tie."""
+    chosen = []
+    for length in lengths:
+        for seed in range(200):
+            prompt = np.random.default_rng([seed, length]).integers(0, len(target.head), length)
+            text = target.greedy(prompt.tolist(), count, margin)
+            if len(text) == count:
+                chosen.append((prompt.tolist(), text))
+                break
+        else:
+            raise AssertionError(f"no prompt of {length} tokens is clear of near-ties")
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_greedy_text_and_logits(tiny_models, new_tiny_generator, step_rounds, name, dtype):
+    model = tiny.FAMILIES[name].with_(dtype=dtype)
+    _, target = tiny_models.target(model)
+    generator = new_tiny_generator(model)
+    for prompt, text in clear_prompts(target, [1, 2, 17, 65], 6, MARGIN[dtype]):
+        result = generator.generate(prompt, max_new_tokens=6, temperature=0.0)
+        assert result.token_ids == text
+        assert result.finish_reason == "length"
+
+        logits, _ = target.forward(prompt + text)
+        rounds = list(step_rounds(generator, prompt, max_new_tokens=6))
+        assert [token for each in rounds for token in each.emitted] == text
+        for each in rounds:
+            expected = logits[len(each.before) - 1]
+            assert each.logits.shape == (1, model.vocab)
+            assert relative_error(each.logits[0], expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "length", [1, 2, 3, 7, 8, 9, 63, 64, 65, 255, 256, 257, 511, 512, 513, 700]
+)
+def test_prompts_of_every_length(tiny_models, new_tiny_generator, step_rounds, length):
+    """Prompts are computed in chunks and keys are read in blocks: try the lengths around both."""
+    model = tiny.FAMILIES["llama3.1"]
+    _, target = tiny_models.target(model)
+    generator = new_tiny_generator(model)
+    prompt = np.random.default_rng(length).integers(0, model.vocab, length).tolist()
+    rounds = list(step_rounds(generator, prompt, max_new_tokens=3))
+    text = [token for each in rounds for token in each.emitted]
+    expected, _ = target.forward(prompt + text)
+    for each in rounds:
+        row = expected[len(each.before) - 1]
+        assert relative_error(each.logits[0], row) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_longer_greedy_text(tiny_models, new_tiny_generator, dtype):
+    """48 tokens on; where a token differs, the reference must call it a near-tie."""
+    model = tiny.FAMILIES["smollm2"].with_(dtype=dtype)
+    _, target = tiny_models.target(model)
+    generator = new_tiny_generator(model)
+    different = 0
+    for seed in range(4):
+        prompt = np.random.default_rng([9, seed]).integers(0, model.vocab, 12).tolist()
+        text = generator.generate(prompt, max_new_tokens=48, temperature=0.0).token_ids
+        assert len(text) == 48
+        logits = target.forward(prompt + text)[0][len(prompt) - 1 : -1]
+        for row, token in zip(logits, text, strict=True):
+            if row.argmax() != token:
+                different += 1
+                assert relative_margin(row) < MARGIN[dtype]
+                assert row.max() - row[token] <= relative_margin(row) * np.sqrt((row**2).mean())
+    assert different <= 4
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_dtype_option_rounds_the_weights(tiny_models, new_tiny_generator, step_rounds, stored):
+    """Weights kept in another dtype than they are stored in: the nearest values of it."""
+    model = tiny.FAMILIES["llama2"].with_(dtype=stored)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[stored]
+    _, target = tiny_models.target(model.with_(dtype="bfloat16"))
+    generator = new_tiny_generator(model, dtype=other)
+    prompt = [5, 300, 17, 8]
+    (first,) = step_rounds(generator, prompt, max_new_tokens=1)
+    expected = target.forward(prompt)[0][-1]
+    tolerance = TOLERANCE["bfloat16" if other == "bfloat16" else "float32"]
+    assert relative_error(first.logits[0], expected) < tolerance
+
+
+def test_tree_rows_against_the_reference(tiny_models, new_tiny_generator, step_rounds):
+    """Every node of verified trees has the logits of its path, accepted or not."""
+    model = tiny.FAMILIES["qwen2"]
+    _, target = tiny_models.target(model)
+    generator = new_tiny_generator(model, drafter=tiny.TinyDrafter(), tree=(4, 5, 40))
+    prompt = np.random.default_rng(6).integers(0, model.vocab, 20).tolist()
+    checked = 0
+    for each in step_rounds(generator, prompt, method="eagle2", max_new_tokens=12):
+        paths: list[list[int]] = []
+        for token, parent in zip(each.tokens.tolist(), each.parents.tolist(), strict=True):
+            paths.append([] if parent < 0 else [*paths[parent], token])
+        for path, row in zip(paths, each.logits, strict=True):
+            expected = target.forward(each.before + path)[0][-1]
+            assert relative_error(row, expected) < TOLERANCE["float32"]
+            checked += 1
+    assert checked > 100
