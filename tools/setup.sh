@@ -35,38 +35,7 @@ command -v "$python" >/dev/null || fail "python3 (3.10 or newer) is missing"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "expected Python 3.10 or newer, found $("$python" -V 2>&1)"
 
-# ==== What only the system's packages can give
-
-has_header() { echo "#include <$1>" | "$cxx" -E -x c++ - >/dev/null 2>&1; }
-has_python_headers() {
-  "$python" -c 'import os, sys, sysconfig
-sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
-}
-has_venv() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
-has_module() { "$python" -c "import $1" 2>/dev/null; }
-
-missing_packages() {
-  command -v "$cxx" >/dev/null || echo g++
-  has_venv || has_module "venv, ensurepip" || has_module "venv, pip" || echo python3-venv
-  has_python_headers || echo python3-dev
-  has_header nlohmann/json.hpp || echo nlohmann-json3-dev
-  [ "$purpose" = run ] || has_header doctest/doctest.h || echo doctest-dev
-}
-
-mapfile -t missing < <(missing_packages)
-if [ ${#missing[@]} -gt 0 ]; then
-  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null ||
-    fail "Debian/Ubuntu packages are missing; as root: apt-get install ${missing[*]}"
-  say "installing ${missing[*]}"
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  mapfile -t missing < <(missing_packages)
-  [ ${#missing[@]} -eq 0 ] ||
-    fail "installed, but not for $(command -v "$python") and $cxx: ${missing[*]}"
-fi
-
-# ==== The environment, built from what is in the clone
+# ==== Nothing to do?
 
 # What the installed package is made of.
 state() {
@@ -86,24 +55,66 @@ print(state.hexdigest())
 PYTHON
 }
 
+has_venv() { "$venv/bin/python" -c "import pip" 2>/dev/null; }
+
 now=$(state)
 if has_venv; then
   for each in "${enough[@]}"; do
     if [ "$(cat "$venv/frspec-$each.stamp" 2>/dev/null)" = "$now" ]; then exit 0; fi
   done
-else
+fi
+
+# ==== What only the system's packages can give
+
+has_header() {
+  [ -e "/usr/include/$1" ] || echo "#include <$1>" | "$cxx" -E -x c++ - >/dev/null 2>&1
+}
+has_python_headers() {
+  "$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+}
+has_module() { "$python" -c "import $1" 2>/dev/null; }
+
+missing_packages() {
+  command -v "$cxx" >/dev/null || echo g++
+  has_venv || has_module "venv, ensurepip" || has_module "venv, pip" || echo python3-venv
+  has_python_headers || echo python3-dev
+  has_header nlohmann/json.hpp || echo nlohmann-json3-dev
+  [ "$purpose" = run ] || has_header doctest/doctest.h || echo doctest-dev
+}
+
+mapfile -t missing < <(missing_packages)
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    fail "Debian/Ubuntu packages are missing; as root: apt-get install ${missing[*]}"
+  fi
+  say "installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -eq 0 ] ||
+    fail "installed, but not for $(command -v "$python") and $cxx: ${missing[*]}"
+fi
+
+# ==== The environment, built from what is in the clone
+
+if ! has_venv; then
+  if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ]; then
+    fail "$venv: expected a virtual environment or nothing, found something else"
+  fi
   say "making $venv"
   if has_module ensurepip; then
     "$python" -m venv --clear "$venv"
   else
     "$python" -m venv --clear --without-pip "$venv"
-    "$python" -m pip --quiet --python "$venv/bin/python" install pip
+    "$python" -m pip -qq --python "$venv/bin/python" install pip
   fi
 fi
 rm -f "$venv"/frspec-*.stamp
 export PATH="$venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
-install() { "$venv/bin/python" -m pip --quiet install "$@"; }
+install() { "$venv/bin/python" -m pip -qq install "$@"; }
 
 # What the build needs beside the compiler, once more than in pyproject.toml: without build
 # isolation these keep their place, and a rebuild compiles only what changed.

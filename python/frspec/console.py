@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .generator import Result
+from .generator import Result, TextStream
 
 # A terminal obeys control characters, and a model may write any: all but tab and newline.
 _CONTROLS = {
@@ -26,6 +26,24 @@ def write_text(piece: str) -> None:
         piece = piece.translate(_CONTROLS)
     sys.stdout.write(piece)
     sys.stdout.flush()
+
+
+def write_stream(stream: TextStream) -> bool:
+    """Writes a stream to stdout as it is made; False when Ctrl-C ended it, which closes it.
+
+    What was made until then stands on stdout, once.
+    """
+    written = 0
+    try:
+        for piece in stream:
+            # Counted first: a write that is interrupted keeps its text for the next flush.
+            written += len(piece)
+            write_text(piece)
+    except KeyboardInterrupt:
+        stream.close()
+        write_text(stream.result.text[written:])
+        return False
+    return True
 
 
 def write_json(value: Any) -> None:
@@ -57,7 +75,7 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     """
     terminal = sys.stdout.isatty()
     # Away from a terminal nothing may be folded at the 80 columns that rich assumes there.
-    console = Console() if terminal else Console(width=400)
+    console = Console() if terminal else Console(width=400, color_system=None)
     table = Table(
         box=rich.box.ROUNDED if terminal else None,
         show_header=any(columns),
@@ -67,9 +85,12 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column, justify="right" if index and column else "left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    if title:
-        console.print(title, markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
+    with console.capture() as capture:
+        if title:
+            console.print(title, markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def format_bytes(count: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .console import accept_length, write_json, write_summary, write_table, write_text
+from .console import accept_length, write_json, write_stream, write_summary, write_table
 from .demo_model import DRAFTER, PACKAGE, RANKING, VERSION, cache_folder, demo_model
 from .errors import MemoryPlanError, RequestError
 from .generator import Generator, Method, Result
@@ -181,11 +181,12 @@ def _message(prompt: str) -> list[dict[str, str]]:
 
 def _answer_live(generator: Generator, request: dict[str, Any]) -> None:
     print(f"> {PROMPTS[0]}", flush=True)
-    with generator.stream(_message(PROMPTS[0]), method=_LIVE.method, **request) as stream:
-        for piece in stream:
-            write_text(piece)
-    print("\n", flush=True)
+    stream = generator.stream(_message(PROMPTS[0]), method=_LIVE.method, **request)
+    if not write_stream(stream):
+        raise KeyboardInterrupt
+    print(flush=True)
     write_summary(stream.result)
+    print(flush=True)
 
 
 def _measure(
@@ -203,6 +204,7 @@ def _measure(
         MofNCompleteColumn(),
         console=Console(stderr=True),
         transient=True,
+        disable=not sys.stderr.isatty(),  # it would only print an empty line
     ) as progress:
         task = progress.add_task("", total=len(prompts) * len(CONFIGURATIONS))
         for turn, prompt in enumerate(prompts):

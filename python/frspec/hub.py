@@ -75,7 +75,7 @@ def _fetch(hub_id: str, files: Files) -> Path:
 
 
 def _explain(hub_id: str, error: Exception) -> str:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError
 
     endpoint = _endpoint()
     if isinstance(error, GatedRepoError):

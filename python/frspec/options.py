@@ -74,10 +74,14 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 def add_tree_options(parser: argparse.ArgumentParser) -> None:
     """--tree-depth, --tree-topk, --tree-tokens"""
-    group = parser.add_argument_group("draft tree", "default: what suits the device")
-    group.add_argument("--tree-depth", type=int, metavar="D", help="levels drafted in a round")
-    group.add_argument("--tree-topk", type=int, metavar="K", help="nodes kept in each level")
-    group.add_argument("--tree-tokens", type=int, metavar="N", help="nodes verified in a round")
+    group = parser.add_argument_group("draft tree")
+    for option, metavar, help, default in (
+        ("--tree-depth", "D", "levels drafted in a round", CPU_TREE.depth),
+        ("--tree-topk", "K", "nodes kept in each level", CPU_TREE.topk),
+        ("--tree-tokens", "N", "nodes verified in a round", CPU_TREE.tokens),
+    ):
+        help += f" (default on a CPU: {default})"
+        group.add_argument(option, type=int, metavar=metavar, help=help)
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:

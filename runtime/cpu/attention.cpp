@@ -14,10 +14,10 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   const int64_t rows = q.rows;
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;
-  FRSPEC_CHECK(kv.dtype == DType::kF32 && head_dim > 0 && head_dim % 8 == 0 &&
-                   head_dim <= kMaxHeadDim,
-               Error, "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
-               ", found ", head_dim);
+  FRSPEC_CHECK(
+      kv.dtype == DType::kF32 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim,
+      Error, "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
+      ", found ", head_dim);
   FRSPEC_CHECK(kv.heads > 0 && query_heads % kv.heads == 0 && query_heads * head_dim == q.cols &&
                    out.cols == q.cols && out.rows == rows,
                Error, "attention: q [", rows, ", ", q.cols, "] does not fit ", kv.heads,
@@ -39,42 +39,42 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
                       rows * query_heads * max_splits * partial <= split_partials_size_;
   const int64_t split_tasks = splits ? max_splits : 1;
 
-  pool_.parallel_for(tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end,
-                                                            int thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t split = i % split_tasks;
-      const int64_t head = i / split_tasks % kv.heads;
-      const int64_t row = i / split_tasks / kv.heads * tile;
-      const int64_t column = head * heads * head_dim;
-      AttentionTask task{};
-      task.out = out.row<float>(row) + column;
-      task.out_stride = out.stride;
-      task.q = q.row<float>(row) + column;
-      task.q_stride = q.stride;
-      task.keys = static_cast<const float*>(kv.keys) + head * kv.slots * head_dim;
-      task.values = static_cast<const float*>(kv.values) + head * kv.slots * head_dim;
-      task.prefix_length = visible.prefix_length + row;
-      task.ancestor_words = visible.ancestor_words;
-      if (visible.ancestor_words > 0) {
-        task.ancestors = visible.ancestors + row * visible.ancestor_words;
-        task.tree_base = *visible.tree_base;
-      }
-      task.rows = std::min(tile, rows - row);
-      task.heads = heads;
-      task.head_dim = head_dim;
-      task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-      task.first_split = splits ? split : 0;
-      task.end_split = splits ? split + 1 : max_splits;
-      if (splits) {
-        task.partial_head_stride = max_splits * partial;
-        task.partial_row_stride = query_heads * task.partial_head_stride;
-        task.partial = split_partials_ + row * task.partial_row_stride +
-                       head * heads * task.partial_head_stride + split * partial;
-      }
-      task.scratch = attention_scratch_ + thread;
-      kernels_.attention(task);
-    }
-  });
+  pool_.parallel_for(
+      tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end, int thread) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t split = i % split_tasks;
+          const int64_t head = i / split_tasks % kv.heads;
+          const int64_t row = i / split_tasks / kv.heads * tile;
+          const int64_t column = head * heads * head_dim;
+          AttentionTask task{};
+          task.out = out.row<float>(row) + column;
+          task.out_stride = out.stride;
+          task.q = q.row<float>(row) + column;
+          task.q_stride = q.stride;
+          task.keys = static_cast<const float*>(kv.keys) + head * kv.slots * head_dim;
+          task.values = static_cast<const float*>(kv.values) + head * kv.slots * head_dim;
+          task.prefix_length = visible.prefix_length + row;
+          task.ancestor_words = visible.ancestor_words;
+          if (visible.ancestor_words > 0) {
+            task.ancestors = visible.ancestors + row * visible.ancestor_words;
+            task.tree_base = *visible.tree_base;
+          }
+          task.rows = std::min(tile, rows - row);
+          task.heads = heads;
+          task.head_dim = head_dim;
+          task.scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+          task.first_split = splits ? split : 0;
+          task.end_split = splits ? split + 1 : max_splits;
+          if (splits) {
+            task.partial_head_stride = max_splits * partial;
+            task.partial_row_stride = query_heads * task.partial_head_stride;
+            task.partial = split_partials_ + row * task.partial_row_stride +
+                           head * heads * task.partial_head_stride + split * partial;
+          }
+          task.scratch = attention_scratch_ + thread;
+          kernels_.attention(task);
+        }
+      });
   if (!splits) return;
   for (int64_t i = 0; i < rows * query_heads; ++i) {
     kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,

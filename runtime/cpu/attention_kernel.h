@@ -18,8 +18,8 @@ namespace frspec::cpu::FRSPEC_ISA {
 // out[r] = sum over k ascending of x[r, k] w[k, :], two vectors wide, for M rows; the last
 // `columns` < 2 vectors of w may end where memory does.
 template <int M>
-void product_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride,
-                  int64_t depth, int64_t columns, float* out, int64_t out_stride) {
+void product_tile(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t depth,
+                  int64_t columns, float* out, int64_t out_stride) {
   using F = Simd::F;
   F sum[M][2];
 #pragma GCC unroll 16
@@ -56,8 +56,7 @@ void product_tile(const float* x, int64_t x_stride, const float* w, int64_t w_st
     } else {
       Simd::store_partial(out + r * out_stride, sum[r][0], columns);
       if (columns > Simd::kLanes) {
-        Simd::store_partial(out + r * out_stride + Simd::kLanes, sum[r][1],
-                            columns - Simd::kLanes);
+        Simd::store_partial(out + r * out_stride + Simd::kLanes, sum[r][1], columns - Simd::kLanes);
       }
     }
   }
@@ -67,8 +66,8 @@ void product_tile(const float* x, int64_t x_stride, const float* w, int64_t w_st
 inline void product(const float* x, int64_t x_stride, int64_t rows, const float* w,
                     int64_t w_stride, int64_t depth, int64_t columns, float* out,
                     int64_t out_stride) {
-  using Tile = void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, float*,
-                        int64_t);
+  using Tile =
+      void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, float*, int64_t);
   static constexpr Tile kTiles[] = {nullptr,         product_tile<1>, product_tile<2>,
                                     product_tile<3>, product_tile<4>, product_tile<5>,
                                     product_tile<6>};

@@ -1,8 +1,8 @@
 // Matrix products with vdpbf16ps, which multiplies pairs of bf16 and adds to fp32. Weights are bf16
 // as they are. An activation goes in as the sum of two bf16, x = high + low + error with
-// |error| <= 2^-17 |x|, each with its own vdpbf16ps: the products are exact, and the result is close
-// to that of fp32 activations (as far apart as two orders of summation are).
-// vdpbf16ps takes subnormal inputs and results as 0.
+// |error| <= 2^-17 |x|, each with its own vdpbf16ps: the products are exact, and the result is
+// close to that of fp32 activations (as far apart as two orders of summation are). vdpbf16ps takes
+// subnormal inputs and results as 0.
 #pragma once
 
 #include "cpu/multiply_tile.h"
@@ -37,8 +37,10 @@ struct BF16PairWeights {
 FRSPEC_INLINE uint32_t round_to_bf16(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x7fffu + ((bits >> 16) & 1u);
-  else if ((bits & 0x7fffffu) != 0) bits |= 0x400000u;  // NaN stays NaN
+  if ((bits & 0x7f800000u) != 0x7f800000u)
+    bits += 0x7fffu + ((bits >> 16) & 1u);
+  else if ((bits & 0x7fffffu) != 0)
+    bits |= 0x400000u;  // NaN stays NaN
   return bits & 0xffff0000u;
 }
 

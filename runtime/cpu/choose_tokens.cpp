@@ -104,9 +104,9 @@ void CpuBackend::sample_all(int32_t* tokens, const Tensor& logits, const Samplin
       NoisyBest best = start(likeliest, sampling, positions[r]);
       if (std::isfinite(best.score)) {
         const int64_t first = i % chunks * kColumnChunk;
-        best = sample_chunk(kernels_, logits.row<float>(r), first,
-                            std::min(kColumnChunk, logits.cols - first), sampling, positions[r],
-                            best);
+        best =
+            sample_chunk(kernels_, logits.row<float>(r), first,
+                         std::min(kColumnChunk, logits.cols - first), sampling, positions[r], best);
       }
       noisy_chunks_[i] = {best.score, best.token};
     }
@@ -132,8 +132,8 @@ void CpuBackend::sample_filtered(int32_t* tokens, const Tensor& logits, const Sa
       NoisyBest best = start(likeliest, sampling, positions[r]);
       if (std::isfinite(best.score)) {
         TokenLogit* candidates = candidates_ + thread * limits_.vocab;
-        const int64_t count = filter_tokens(kernels_, candidates, logits.row<float>(r),
-                                            logits.cols, likeliest.logit, sampling);
+        const int64_t count = filter_tokens(kernels_, candidates, logits.row<float>(r), logits.cols,
+                                            likeliest.logit, sampling);
         for (int64_t i = 0; i < count; ++i) {
           const float scaled = candidates[i].logit / sampling.temperature;
           if (scaled + kMostNoise < best.score) continue;

@@ -94,16 +94,16 @@ class CpuBackend final : public Backend {
 
   // Scratch, from layout().
   WorkspaceLimits limits_;
-  float* accumulators_ = nullptr;          // [threads, rows of a block, outputs of a task]
+  float* accumulators_ = nullptr;  // [threads, rows of a block, outputs of a task]
   int64_t accumulators_per_thread_ = 0;
-  uint32_t* prepared_rows_ = nullptr;      // [rows, depth]
+  uint32_t* prepared_rows_ = nullptr;              // [rows, depth]
   AttentionScratch* attention_scratch_ = nullptr;  // [threads]
   float* split_partials_ = nullptr;
   int64_t split_partials_size_ = 0;
-  TopkChunk* topk_chunks_ = nullptr;       // [kTopkRows, chunks]
-  TokenLogit* chosen_chunks_ = nullptr;    // [choice rows, chunks]
-  TokenLogit* noisy_chunks_ = nullptr;     // [choice rows, chunks]: scores in place of logits
-  TokenLogit* candidates_ = nullptr;       // [threads, V]
+  TopkChunk* topk_chunks_ = nullptr;     // [kTopkRows, chunks]
+  TokenLogit* chosen_chunks_ = nullptr;  // [choice rows, chunks]
+  TokenLogit* noisy_chunks_ = nullptr;   // [choice rows, chunks]: scores in place of logits
+  TokenLogit* candidates_ = nullptr;     // [threads, V]
 };
 
 // kernels: null for the best of this machine. threads: 0 = all that the process may use.

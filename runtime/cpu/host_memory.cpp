@@ -110,8 +110,8 @@ HostMemory::HostMemory(size_t bytes) : bytes_(bytes) {
   FRSPEC_CHECK(bytes <= available, MemoryPlanError, "not enough memory: the plan needs ", bytes,
                " bytes, ", available, " are available");
   mapping_bytes_ = (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
-  mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                  0);
+  mapping_ =
+      mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
     throw MemoryPlanError(

@@ -18,17 +18,17 @@ struct Candidate {
 const Kernels& choose_kernels() {
   const Candidate candidates[] = {
 #if defined(__x86_64__)
-      {kernels_avx512_bf16(),
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16")},
-      {kernels_avx512(),
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")},
-      {kernels_avx2(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c")},
+    {kernels_avx512_bf16(),
+     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16")},
+    {kernels_avx512(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512dq")},
+    {kernels_avx2(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("f16c")},
 #endif
-      {kernels_portable(), true},
+    {kernels_portable(), true},
   };
   const char* wanted = std::getenv("FRSPEC_CPU_ISA");
   std::string known;

@@ -1,9 +1,10 @@
-// The kernels of one instruction set, as a table of functions over plain pointers. Each kernels_*.cpp
-// compiles the same kernel headers over its own struct Simd and exports one table; the CPU's
-// abilities choose the table when the backend is made.
+// The kernels of one instruction set, as a table of functions over plain pointers. Each
+// kernels_*.cpp compiles the same kernel headers over its own struct Simd and exports one table;
+// the CPU's abilities choose the table when the backend is made.
 //
 // These declarations are shared between translation units that are compiled for different
-// instruction sets, so nothing here or in what it includes may be an inline function that is called.
+// instruction sets, so nothing here or in what it includes may be an inline function that is
+// called.
 #pragma once
 
 #include <cstddef>
@@ -65,13 +66,13 @@ constexpr int64_t kAttentionQueries = 64;  // query heads of all rows of a task
 
 // Scratch of one thread.
 struct AttentionScratch {
-  float q[kAttentionQueries * kMaxHeadDim];        // scaled queries [queries, D]
-  float keys[kMaxHeadDim * kAttentionBlock];       // transposed [D, block]
-  float values[kAttentionBlock * kMaxHeadDim];     // rows that are scattered in the cache
+  float q[kAttentionQueries * kMaxHeadDim];     // scaled queries [queries, D]
+  float keys[kMaxHeadDim * kAttentionBlock];    // transposed [D, block]
+  float values[kAttentionBlock * kMaxHeadDim];  // rows that are scattered in the cache
   float scores[kAttentionQueries * kAttentionBlock];
-  float block[kAttentionQueries * kMaxHeadDim];    // softmax-weighted values of one block
-  float split[kAttentionQueries * kMaxHeadDim];    // of one split
-  float total[kAttentionQueries * kMaxHeadDim];    // of all
+  float block[kAttentionQueries * kMaxHeadDim];  // softmax-weighted values of one block
+  float split[kAttentionQueries * kMaxHeadDim];  // of one split
+  float total[kAttentionQueries * kMaxHeadDim];  // of all
   float block_max[kAttentionQueries], block_sum[kAttentionQueries];
   float split_max[kAttentionQueries], split_sum[kAttentionQueries];
   float total_max[kAttentionQueries], total_sum[kAttentionQueries];
@@ -104,10 +105,10 @@ struct AttentionTask {
 
 struct Kernels {
   const char* name;
-  int64_t panel;             // P, outputs of a panel
-  PanelLayout layouts[3];    // by DType: kF32, kF16, kBF16
-  bool prepares_rows[3];     // whether x goes through prepare_rows first
-  int64_t task_panels;       // panels of one multiply of many rows
+  int64_t panel;           // P, outputs of a panel
+  PanelLayout layouts[3];  // by DType: kF32, kF16, kBF16
+  bool prepares_rows[3];   // whether x goes through prepare_rows first
+  int64_t task_panels;     // panels of one multiply of many rows
 
   void (*multiply[3])(const MultiplyTask& task);
   // Activations as `multiply` wants them: prepared [depth rounded up to 2] 32-bit units.

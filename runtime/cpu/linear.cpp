@@ -26,9 +26,9 @@ int64_t panel_bytes(const Kernels& kernels, const LinearWeight& w) {
 
 CpuBackend::Rows CpuBackend::prepare_rows(const Tensor& x, DType weight_dtype) {
   if (!kernels_.prepares_rows[static_cast<int>(weight_dtype)]) return {x.data, x.stride};
-  FRSPEC_CHECK(x.rows <= limits_.rows && x.cols <= limits_.in_features, Error,
-               "linear: x [", x.rows, ", ", x.cols, "] exceeds the planned workspace [",
-               limits_.rows, ", ", limits_.in_features, "]");
+  FRSPEC_CHECK(x.rows <= limits_.rows && x.cols <= limits_.in_features, Error, "linear: x [",
+               x.rows, ", ", x.cols, "] exceeds the planned workspace [", limits_.rows, ", ",
+               limits_.in_features, "]");
   const int64_t stride = prepared_stride(x.cols);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(x.cols, 1));
   pool_.parallel_for(x.rows, grain, [&](int64_t begin, int64_t end, int) {
@@ -61,9 +61,8 @@ void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, int64_t group, c
 void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w,
                         const Tensor* residual) {
   check_product("linear", out, x, w);
-  FRSPEC_CHECK(residual == nullptr ||
-                   (residual->dtype == DType::kF32 && residual->rows == out.rows &&
-                    residual->cols == out.cols),
+  FRSPEC_CHECK(residual == nullptr || (residual->dtype == DType::kF32 &&
+                                       residual->rows == out.rows && residual->cols == out.cols),
                Error, "linear: the residual's shape differs from the output's [", out.rows, ", ",
                out.cols, "]");
   const int64_t panel = kernels_.panel;
@@ -71,21 +70,22 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& 
   const Rows rows_in = prepare_rows(x, w.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(w.dtype)];
   const int64_t panels = (w.out_features + panel - 1) / panel;
-  for_panel_groups(x.rows, panels, kernels_.task_panels,
-                   [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
-                       float* accumulators) {
-    multiply({static_cast<const char*>(w.data) + first_panel * bytes, bytes, count,
-              static_cast<const float*>(rows_in.data) + first_row * rows_in.stride, rows_in.stride,
-              rows, w.in_features, accumulators});
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t col = (first_panel + p) * panel;
-      kernels_.finish({out.row<float>(first_row) + col, out.stride, accumulators + p * rows * panel,
-                       rows, std::min(panel, w.out_features - col),
-                       w.bias == nullptr ? nullptr : w.bias + col,
-                       residual == nullptr ? nullptr : residual->row<float>(first_row) + col,
-                       residual == nullptr ? 0 : residual->stride});
-    }
-  });
+  for_panel_groups(
+      x.rows, panels, kernels_.task_panels,
+      [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
+          float* accumulators) {
+        multiply({static_cast<const char*>(w.data) + first_panel * bytes, bytes, count,
+                  static_cast<const float*>(rows_in.data) + first_row * rows_in.stride,
+                  rows_in.stride, rows, w.in_features, accumulators});
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t col = (first_panel + p) * panel;
+          kernels_.finish(
+              {out.row<float>(first_row) + col, out.stride, accumulators + p * rows * panel, rows,
+               std::min(panel, w.out_features - col), w.bias == nullptr ? nullptr : w.bias + col,
+               residual == nullptr ? nullptr : residual->row<float>(first_row) + col,
+               residual == nullptr ? 0 : residual->stride});
+        }
+      });
 }
 
 void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
@@ -100,24 +100,25 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
   const auto multiply = kernels_.multiply[static_cast<int>(gate.dtype)];
   const int64_t panels = (gate.out_features + panel - 1) / panel;
   const int64_t group = std::max<int64_t>(1, kernels_.task_panels / 2);
-  for_panel_groups(x.rows, panels, group,
-                   [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
-                       float* accumulators) {
-    const float* from = static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
-    float* up_accumulators = accumulators + count * rows * panel;
-    multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes, count, from,
-              rows_in.stride, rows, gate.in_features, accumulators});
-    multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes, count, from,
-              rows_in.stride, rows, up.in_features, up_accumulators});
-    for (int64_t p = 0; p < count; ++p) {
-      const int64_t col = (first_panel + p) * panel;
-      kernels_.finish_swiglu({out.row<float>(first_row) + col, out.stride,
-                              accumulators + p * rows * panel, up_accumulators + p * rows * panel,
-                              rows, std::min(panel, gate.out_features - col),
-                              gate.bias == nullptr ? nullptr : gate.bias + col,
-                              up.bias == nullptr ? nullptr : up.bias + col});
-    }
-  });
+  for_panel_groups(
+      x.rows, panels, group,
+      [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
+          float* accumulators) {
+        const float* from = static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
+        float* up_accumulators = accumulators + count * rows * panel;
+        multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes, count, from,
+                  rows_in.stride, rows, gate.in_features, accumulators});
+        multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes, count, from,
+                  rows_in.stride, rows, up.in_features, up_accumulators});
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t col = (first_panel + p) * panel;
+          kernels_.finish_swiglu(
+              {out.row<float>(first_row) + col, out.stride, accumulators + p * rows * panel,
+               up_accumulators + p * rows * panel, rows, std::min(panel, gate.out_features - col),
+               gate.bias == nullptr ? nullptr : gate.bias + col,
+               up.bias == nullptr ? nullptr : up.bias + col});
+        }
+      });
 }
 
 }  // namespace frspec::cpu

@@ -31,14 +31,14 @@ FRSPEC_INLINE void multiply_few(const MultiplyTask& task) {
   const float* x = static_cast<const float*>(task.x);
   int64_t p = 0;
   for (; p + N <= task.panels; p += N) {
-    multiply_tile<Weights, M, N>(weights + p * task.panel_bytes, task.panel_bytes, x,
-                                 task.x_stride, task.depth, task.accumulators + p * M * kOutputs,
-                                 M * kOutputs, false, {weights, 0});
+    multiply_tile<Weights, M, N>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
+                                 task.depth, task.accumulators + p * M * kOutputs, M * kOutputs,
+                                 false, {weights, 0});
   }
   for (; p < task.panels; ++p) {
-    multiply_tile<Weights, M, 1>(weights + p * task.panel_bytes, task.panel_bytes, x,
-                                 task.x_stride, task.depth, task.accumulators + p * M * kOutputs,
-                                 0, false, {weights, 0});
+    multiply_tile<Weights, M, 1>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
+                                 task.depth, task.accumulators + p * M * kOutputs, 0, false,
+                                 {weights, 0});
   }
 }
 
@@ -55,9 +55,16 @@ void multiply(const MultiplyTask& task) {
       multiply_rows<Weights, 2>,
       multiply_rows<Weights, 3>,
       multiply_rows<Weights, 4>,
-#define FRSPEC_TILE(m) Simd::kTileRows >= m ? multiply_rows<Weights, m <= Simd::kTileRows ? m : 1> : nullptr
-      FRSPEC_TILE(5), FRSPEC_TILE(6), FRSPEC_TILE(7), FRSPEC_TILE(8),
-      FRSPEC_TILE(9), FRSPEC_TILE(10), FRSPEC_TILE(11), FRSPEC_TILE(12),
+#define FRSPEC_TILE(m) \
+  Simd::kTileRows >= m ? multiply_rows<Weights, m <= Simd::kTileRows ? m : 1> : nullptr
+      FRSPEC_TILE(5),
+      FRSPEC_TILE(6),
+      FRSPEC_TILE(7),
+      FRSPEC_TILE(8),
+      FRSPEC_TILE(9),
+      FRSPEC_TILE(10),
+      FRSPEC_TILE(11),
+      FRSPEC_TILE(12),
 #undef FRSPEC_TILE
   };
   const int64_t tiles = tile_count(task.rows);
@@ -106,7 +113,8 @@ inline void finish(const FinishTask& task) {
       if (task.bias != nullptr) value = Simd::add(value, bias);
       if (task.residual != nullptr) {
         const float* residual = task.residual + r * task.residual_stride + j;
-        value = Simd::add(value, whole ? Simd::load(residual) : Simd::load_partial(residual, count));
+        value =
+            Simd::add(value, whole ? Simd::load(residual) : Simd::load_partial(residual, count));
       }
       float* out = task.out + r * task.out_stride + j;
       if (whole) {

@@ -83,9 +83,9 @@ void CpuBackend::load_linear(const LinearWeight& weight, int64_t first_row,
   check_weight("load_linear", weight);
   FRSPEC_CHECK(is_float(host_source.dtype) && host_source.cols == weight.in_features &&
                    first_row >= 0 && first_row + host_source.rows <= weight.out_features,
-               Error, "load_linear: source ", dtype_name(host_source.dtype), " [",
-               host_source.rows, ", ", host_source.cols, "] at row ", first_row,
-               " does not fit weight [", weight.out_features, ", ", weight.in_features, "]");
+               Error, "load_linear: source ", dtype_name(host_source.dtype), " [", host_source.rows,
+               ", ", host_source.cols, "] at row ", first_row, " does not fit weight [",
+               weight.out_features, ", ", weight.in_features, "]");
   const PackedMatrix matrix(kernels_, weight);
   const int64_t end_row = first_row + host_source.rows;
   const int64_t first_panel = first_row / matrix.panel;
@@ -134,8 +134,7 @@ void CpuBackend::gather_linear(const LinearWeight& destination, const LinearWeig
                destination.in_features);
   for (int64_t i = 0; i < destination.out_features; ++i) {
     FRSPEC_CHECK(host_rows[i] >= 0 && host_rows[i] < source.out_features, Error,
-                 "gather_linear: row ", host_rows[i], " is outside [0, ", source.out_features,
-                 ")");
+                 "gather_linear: row ", host_rows[i], " is outside [0, ", source.out_features, ")");
   }
   const PackedMatrix to(kernels_, destination);
   const PackedMatrix from(kernels_, source);
@@ -165,8 +164,8 @@ void CpuBackend::gather_linear(const LinearWeight& destination, const LinearWeig
 
 void CpuBackend::embed(const Tensor& out, const LinearWeight& table, const int32_t* tokens) {
   check_weight("embed", table);
-  FRSPEC_CHECK(out.dtype == DType::kF32 && out.cols == table.in_features, Error,
-               "embed: out has ", out.cols, " columns, the table ", table.in_features);
+  FRSPEC_CHECK(out.dtype == DType::kF32 && out.cols == table.in_features, Error, "embed: out has ",
+               out.cols, " columns, the table ", table.in_features);
   const PackedMatrix matrix(kernels_, table);
   pool_.parallel_for(out.rows, 8, [&](int64_t begin, int64_t end, int) {
     uint32_t block[kPackBlock];

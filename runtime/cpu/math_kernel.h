@@ -43,8 +43,7 @@ inline float maximum(const float* x, int64_t count) {
   for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
     best[0] = Simd::max(Simd::load(x + i), best[0]);
   }
-  float result =
-      Simd::maximum(Simd::max(Simd::max(best[0], best[1]), Simd::max(best[2], best[3])));
+  float result = Simd::maximum(Simd::max(Simd::max(best[0], best[1]), Simd::max(best[2], best[3])));
   for (; i < count; ++i) result = x[i] > result ? x[i] : result;
   return result;
 }
@@ -57,7 +56,8 @@ inline void exponentials(float* out, const float* x, int64_t count, float shift,
       const Simd::F value = Simd::mul(Simd::sub(Simd::load(x + i), shifts), scales);
       Simd::store(out + i, exponential(value));
     } else {
-      const Simd::F value = Simd::mul(Simd::sub(Simd::load_partial(x + i, count - i), shifts), scales);
+      const Simd::F value =
+          Simd::mul(Simd::sub(Simd::load_partial(x + i, count - i), shifts), scales);
       Simd::store_partial(out + i, exponential(value), count - i);
     }
   }

@@ -51,8 +51,7 @@ struct TilePrefetch {
 template <typename Weights, int M, int N>
 FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const float* x,
                                  int64_t x_stride, int64_t depth, float* out,
-                                 int64_t out_panel_stride, bool accumulate,
-                                 TilePrefetch prefetch) {
+                                 int64_t out_panel_stride, bool accumulate, TilePrefetch prefetch) {
   using F = Simd::F;
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
   F sum[N][M][2];

@@ -22,8 +22,7 @@ struct Simd {
   static FRSPEC_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static FRSPEC_INLINE __m256i lane_mask(int64_t count) {
     const int lanes = count < kLanes ? static_cast<int>(count) : kLanes;
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes),
-                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static FRSPEC_INLINE F load_partial(const float* p, int64_t count) {
     return _mm256_maskload_ps(p, lane_mask(count));
@@ -73,16 +72,16 @@ struct Simd {
     return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
 
-  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column,
-                                       float* destination, int64_t destination_stride) {
+  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column, float* destination,
+                                       int64_t destination_stride) {
     // Rows 0-3 and 4-7 share a vector from the start, so that only in-lane shuffles remain.
     __m256 low[4];   // columns 0-3 of rows r and r + 4
     __m256 high[4];  // columns 4-7
     for (int r = 0; r < 4; ++r) {
       const float* upper = rows[r] + column;
       const float* lower = rows[r + 4] + column;
-      low[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper)),
-                                    _mm_loadu_ps(lower), 1);
+      low[r] =
+          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper)), _mm_loadu_ps(lower), 1);
       high[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper + 4)),
                                      _mm_loadu_ps(lower + 4), 1);
     }

@@ -86,8 +86,8 @@ struct Simd {
   }
 
   // destination[c destination_stride + r] = rows[r][c] for 8 rows and 8 columns.
-  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column,
-                                       float* destination, int64_t destination_stride) {
+  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column, float* destination,
+                                       int64_t destination_stride) {
     for (int c = 0; c < 8; ++c) {
       for (int r = 0; r < 8; ++r) destination[c * destination_stride + r] = rows[r][column + c];
     }

@@ -82,8 +82,8 @@ ThreadPool::ThreadPool(int threads) : oversubscribed_(threads > usable_threads()
   } catch (const std::system_error& error) {
     const size_t started = workers_.size() + 1;
     stop();
-    throw DeviceError(concat("cannot start ", threads, " threads, only ", started, ": ",
-                             error.what()));
+    throw DeviceError(
+        concat("cannot start ", threads, " threads, only ", started, ": ", error.what()));
   }
 }
 

@@ -15,7 +15,8 @@ void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
   accumulators_per_thread_ = std::min(limits.rows, kLinearRowBlock) * outputs;
   accumulators_ = arena.take_array<float>(name, threads * accumulators_per_thread_);
   if (kernels_.prepare_row != nullptr) {
-    prepared_rows_ = arena.take_array<uint32_t>(name, limits.rows * prepared_stride(limits.in_features));
+    prepared_rows_ =
+        arena.take_array<uint32_t>(name, limits.rows * prepared_stride(limits.in_features));
   }
 
   attention_scratch_ = arena.take_array<AttentionScratch>(name, threads);

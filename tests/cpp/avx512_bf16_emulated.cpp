@@ -1,9 +1,5 @@
 // The AVX-512-BF16 kernels over SIMDe's emulation, so that they are tested on CPUs without it.
-#define FRSPEC_EMULATE_AVX512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#pragma GCC diagnostic ignored "-Wpsabi"
-#include <simde/x86/avx512.h>
-#include <simde/x86/fma.h>
+#include "avx512_emulation.h"
 
 #define FRSPEC_ISA avx512_bf16_emulated
 #include "cpu/kernels_avx512_bf16.cpp"

@@ -73,7 +73,9 @@ class Random {
 class Matrix {
  public:
   Matrix(int64_t rows, int64_t cols, int64_t gap = 0)
-      : rows_(rows), cols_(cols), stride_(cols + gap),
+      : rows_(rows),
+        cols_(cols),
+        stride_(cols + gap),
         data_(static_cast<size_t>(rows * (cols + gap)) + 1, 0.0f) {}
   Matrix(int64_t rows, int64_t cols, Random& random, float scale = 1.0f, int64_t gap = 0)
       : Matrix(rows, cols, gap) {

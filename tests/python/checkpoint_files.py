@@ -1,4 +1,4 @@
-"""Writes what torch.save would, without torch, and what a malicious file might hold."""
+"""Checkpoints for tests: what torch.save would write, without torch, and small models in it."""
 
 from __future__ import annotations
 
@@ -141,3 +141,60 @@ def read_safetensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
         out[name] = (info["dtype"], array)
     assert 8 + length + end == len(data), "bytes behind the last tensor"
     return out
+
+
+# --- a small llama -------------------------------------------------------------------------------
+
+HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 32, 48, 4, 2, 40
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "num_hidden_layers": 2,
+    "vocab_size": VOCAB,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4},
+    "dtype": "float32",
+}
+
+
+def layer_tensors(rng: np.random.Generator, prefix: str) -> dict[str, np.ndarray]:
+    head_dim = HIDDEN // HEADS
+    shapes = {
+        "input_layernorm": (HIDDEN,),
+        "self_attn.q_proj": (HEADS * head_dim, HIDDEN),
+        "self_attn.k_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * head_dim, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HEADS * head_dim),
+        "post_attention_layernorm": (HIDDEN,),
+        "mlp.gate_proj": (FFN, HIDDEN),
+        "mlp.up_proj": (FFN, HIDDEN),
+        "mlp.down_proj": (HIDDEN, FFN),
+    }
+    return {
+        f"{prefix}{name}.weight": rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def model_tensors(tied: bool = False, dtype: str = "float32") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    tensors = {"model.embed_tokens.weight": rng.standard_normal((VOCAB, HIDDEN))}
+    for layer in range(2):
+        tensors |= layer_tensors(rng, f"model.layers.{layer}.")
+    tensors["model.norm.weight"] = rng.standard_normal(HIDDEN)
+    if not tied:
+        tensors["lm_head.weight"] = rng.standard_normal((VOCAB, HIDDEN))
+    return {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+
+
+def write_model(folder: Path, tensors: dict[str, np.ndarray], **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    save_checkpoint(folder / "pytorch_model.bin", tensors)
+    return folder

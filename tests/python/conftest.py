@@ -172,3 +172,20 @@ def new_tiny_generator(tiny_models):
         return make_generator(folder, **options)
 
     return new
+
+
+@pytest.fixture
+def instruction_set(monkeypatch, tiny_models):
+    """choose(name): generators made from here on use that instruction set, or the test skips."""
+
+    def choose(name: str) -> None:
+        from frspec import DeviceError
+
+        monkeypatch.setenv("FRSPEC_CPU_ISA", name)
+        try:
+            make_generator(tiny_models.target(tiny.FAMILIES["linear"])[0])
+        except DeviceError as error:
+            assert "this CPU cannot run" in str(error)
+            pytest.skip(str(error))
+
+    return choose

@@ -73,7 +73,7 @@ def gguf_name(name: str) -> str:
 
 
 def pairs_interleaved(rows: np.ndarray, head_dim: int = HEAD_DIM) -> np.ndarray:
-    """The llama GGUF layout, row by row: rotary partners i and i + head_dim / 2 become neighbours."""
+    """The llama GGUF layout, row by row: rotary partners i, i + head_dim / 2 become neighbours."""
     out = np.empty_like(rows)
     for row in range(len(rows)):
         head, inside = divmod(row, head_dim)

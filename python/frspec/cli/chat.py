@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 
-from ..console import write_summary, write_text
+from ..console import write_stream, write_summary
 from ..errors import RequestError
 from ..generator import Generator
 from ..options import (
@@ -94,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
                 messages.pop()
                 advice = "; /reset begins anew" if messages != opening else ""
                 print(f"frspec: error: {error}{advice}", file=sys.stderr)
+            except KeyboardInterrupt:  # before there was an answer
+                messages.pop()
+                print(file=sys.stderr)
             else:
                 messages.append({"role": "assistant", "content": answer})
 
@@ -101,14 +104,7 @@ def run(args: argparse.Namespace) -> int:
 def _answer(generator: Generator, messages: list[dict], args: argparse.Namespace) -> str:
     """Writes the next answer; returns what of it was made when Ctrl-C ends it."""
     stream = generator.stream(messages, **request_options(args))
-    shown = 0
-    try:
-        for piece in stream:
-            write_text(piece)
-            shown += len(piece)
-    except KeyboardInterrupt:
-        stream.close()
-        write_text(stream.result.text[shown:])
+    write_stream(stream)
     print(flush=True)
     if not args.quiet:
         write_summary(stream.result)

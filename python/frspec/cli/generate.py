@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..console import write_json, write_summary, write_text
+from ..console import write_json, write_stream, write_summary
 from ..errors import ModelError, RequestError
 from ..generator import Generator, Prompt, TextStream
 from ..options import (
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             )
         prompt = [{"role": "user", "content": prompt}]
     stream = generator.stream(prompt, **request_options(args))
-    finished = _follow(stream, show=not args.json)
+    finished = _exhaust(stream) if args.json else write_stream(stream)
     result = stream.result
     if args.json:
         write_json(dataclasses.asdict(result))
@@ -95,18 +95,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if finished else 130
 
 
-def _follow(stream: TextStream, show: bool) -> bool:
-    """Writes a stream to its end; False when Ctrl-C ended it."""
-    shown = 0
+def _exhaust(stream: TextStream) -> bool:
+    """Runs a stream to its end; False when Ctrl-C ended it, which closes it."""
     try:
-        for piece in stream:
-            if show:
-                write_text(piece)
-            shown += len(piece)
+        for _ in stream:
+            pass
     except KeyboardInterrupt:
         stream.close()
-        if show:
-            write_text(stream.result.text[shown:])
         return False
     return True
 

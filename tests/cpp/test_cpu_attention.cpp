@@ -1,0 +1,291 @@
+// Attention against double-precision loops, and its independence of slots, tiles and threads.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "cpu_test_support.h"
+
+namespace frspec::cpu {
+namespace {
+
+struct Shape {
+  int64_t query_heads;
+  int64_t heads;
+  int64_t head_dim;
+};
+
+constexpr Shape kShapes[] = {{2, 2, 8},   {6, 2, 24}, {9, 3, 64},
+                             {14, 2, 64}, {4, 4, 80}, {8, 1, 128}};
+
+WorkspaceLimits limits_for(const Shape& shape, int64_t rows, int64_t visible) {
+  WorkspaceLimits limits;
+  limits.rows = rows;
+  limits.visible = visible;
+  limits.query_heads = shape.query_heads;
+  limits.in_features = shape.query_heads * shape.head_dim;
+  return limits;
+}
+
+struct Cache {
+  Cache(const Shape& shape, int64_t slots, Random& random)
+      : keys(shape.heads * slots, shape.head_dim, random, 0.7f),
+        values(shape.heads * slots, shape.head_dim, random),
+        layer{keys.row(0), values.row(0), DType::kF32, shape.heads, slots, shape.head_dim} {}
+  float* key(int64_t head, int64_t slot) { return keys.row(head * layer.slots + slot); }
+  float* value(int64_t head, int64_t slot) { return values.row(head * layer.slots + slot); }
+  void copy_slot(int64_t from, int64_t to) {
+    for (int64_t h = 0; h < layer.heads; ++h) {
+      std::copy_n(key(h, from), layer.head_dim, key(h, to));
+      std::copy_n(value(h, from), layer.head_dim, value(h, to));
+    }
+  }
+  Matrix keys, values;
+  KvLayer layer;
+};
+
+// Which slots a row sees, in order, and the arrays that say so.
+struct View {
+  std::vector<int32_t> prefix;
+  std::vector<uint64_t> ancestors;
+  int32_t tree_base = 0;
+  int64_t words = 0;
+  int64_t longest = 0;
+  std::vector<std::vector<int32_t>> slots;
+
+  void add(int32_t prefix_length, const std::vector<int32_t>& bits) {
+    prefix.push_back(prefix_length);
+    ancestors.resize(ancestors.size() + static_cast<size_t>(words), 0);
+    std::vector<int32_t> row(static_cast<size_t>(prefix_length));
+    std::iota(row.begin(), row.end(), 0);
+    uint64_t* own = ancestors.data() + ancestors.size() - static_cast<size_t>(words);
+    for (const int32_t bit : bits) {
+      own[bit / 64] |= uint64_t{1} << (bit % 64);
+      row.push_back(tree_base + bit);
+    }
+    longest = std::max(longest, static_cast<int64_t>(row.size()));
+    slots.push_back(row);
+  }
+  Visible visible() const {
+    return {prefix.data(), &tree_base, words > 0 ? ancestors.data() : nullptr, words, longest};
+  }
+};
+
+double worst_error(const Matrix& out, const Matrix& q, Cache& cache, const View& view,
+                   const Shape& shape) {
+  double worst = 0;
+  for (int64_t r = 0; r < q.rows(); ++r) {
+    const std::vector<int32_t>& slots = view.slots[static_cast<size_t>(r)];
+    for (int64_t h = 0; h < shape.query_heads; ++h) {
+      const int64_t head = h / (shape.query_heads / shape.heads);
+      std::vector<double> weight(slots.size());
+      double max = -1e300;
+      for (size_t t = 0; t < slots.size(); ++t) {
+        double score = 0;
+        for (int64_t d = 0; d < shape.head_dim; ++d) {
+          score += double{q.row(r)[h * shape.head_dim + d]} * cache.key(head, slots[t])[d];
+        }
+        weight[t] = score / std::sqrt(static_cast<double>(shape.head_dim));
+        max = std::max(max, weight[t]);
+      }
+      double sum = 0;
+      for (double& value : weight) sum += value = std::exp(value - max);
+      for (int64_t d = 0; d < shape.head_dim; ++d) {
+        double want = 0;
+        for (size_t t = 0; t < slots.size(); ++t) {
+          want += weight[t] / sum * cache.value(head, slots[t])[d];
+        }
+        worst = std::max(worst, std::fabs(want - out.row(r)[h * shape.head_dim + d]));
+      }
+    }
+  }
+  return worst;
+}
+
+// A random tree: the path of ancestors of every node, itself included.
+std::vector<std::vector<int32_t>> random_paths(int64_t nodes, Random& random) {
+  std::vector<std::vector<int32_t>> paths;
+  for (int32_t i = 0; i < nodes; ++i) {
+    std::vector<int32_t> path;
+    if (i > 0) path = paths[static_cast<size_t>(random.below(i))];
+    path.push_back(i);
+    paths.push_back(path);
+  }
+  return paths;
+}
+
+}  // namespace
+
+TEST_CASE("attention over a prefix equals the double-precision formula") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const Shape& shape : kShapes) {
+      CAPTURE(shape.head_dim);
+      TestBackend backend(*kernels, 2, limits_for(shape, 80, 1400));
+      for (const int64_t n : {1, 3, 65}) {
+        for (const int32_t before : {0, 1, 90, 126, 128, 511, 1300}) {
+          if (n > 3 && before > 511) continue;
+          Random random(static_cast<uint32_t>(n + before));
+          Cache cache(shape, before + n + 2, random);
+          Matrix q(n, shape.query_heads * shape.head_dim, random, 2.0f, 4);
+          View view;
+          for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
+          Matrix out(n, q.cols(), 1);
+          backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+          CAPTURE(n);
+          CAPTURE(before);
+          CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("attention over trees of any size equals the double-precision formula") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const Shape& shape : kShapes) {
+      TestBackend backend(*kernels, 2, limits_for(shape, 100, 1000));
+      for (const int64_t nodes : {1, 59, 63, 64, 65, 100}) {
+        for (const int32_t base : {0, 120, 250}) {
+          Random random(static_cast<uint32_t>(nodes * 7 + base));
+          Cache cache(shape, base + nodes, random);
+          Matrix q(nodes, shape.query_heads * shape.head_dim, random, 2.0f);
+          View view;
+          view.words = (nodes + 63) / 64;
+          view.tree_base = base;
+          for (const auto& path : random_paths(nodes, random)) view.add(base, path);
+          Matrix out(nodes, q.cols());
+          backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+          CAPTURE(nodes);
+          CAPTURE(base);
+          CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a row of attention has the same bits alone and among others, for every thread count") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const Shape& shape : {kShapes[1], kShapes[2], kShapes[4]}) {
+      constexpr int32_t kBase = 1270;
+      constexpr int64_t kNodes = 70;
+      Random random(17);
+      Cache cache(shape, kBase + kNodes, random);
+      Matrix q(kNodes, shape.query_heads * shape.head_dim, random, 2.0f);
+      const auto paths = random_paths(kNodes, random);
+      Matrix alone(kNodes, q.cols());
+      for (const int threads : {1, 2, 3}) {
+        TestBackend backend(*kernels, threads, limits_for(shape, kNodes, kBase + kNodes));
+        for (const int64_t n : {1, 2, 5, 8, 33, 70}) {
+          for (int64_t first = 0; first + n <= kNodes; first += n) {
+            View view;
+            view.words = 2;
+            view.tree_base = kBase;
+            for (int64_t r = 0; r < n; ++r) view.add(kBase, paths[static_cast<size_t>(first + r)]);
+            Matrix out(n, q.cols());
+            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.layer,
+                               view.visible());
+            bool same = true;
+            for (int64_t r = 0; r < n; ++r) {
+              if (n == 1 && threads == 1) {
+                std::copy_n(out.row(0), q.cols(), alone.row(first));
+              }
+              same = same && equal_bits(out.row(r), alone.row(first + r), q.cols());
+            }
+            CAPTURE(n);
+            CAPTURE(threads);
+            CHECK(same);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("attention has the same bits whether ancestors are committed or still in the tree") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const Shape& shape : {kShapes[0], kShapes[3], kShapes[5]}) {
+      TestBackend backend(*kernels, 2, limits_for(shape, 80, 1200));
+      for (const int32_t base : {0, 30, 122, 125, 508, 1021}) {
+        Random random(static_cast<uint32_t>(base));
+        constexpr int64_t kNodes = 66;
+        Cache cache(shape, base + kNodes, random);
+        Matrix q(kNodes, shape.query_heads * shape.head_dim, random, 2.0f);
+        const auto paths = random_paths(kNodes, random);
+        View view;
+        view.words = 2;
+        view.tree_base = base;
+        for (const auto& path : paths) view.add(base, path);
+        Matrix in_tree(kNodes, q.cols());
+        backend->attention(in_tree.tensor(), q.tensor(), cache.layer, view.visible());
+
+        const size_t node = kNodes - 1;
+        const std::vector<int32_t>& path = paths[node];
+        // All of the path committed; then all but the node itself, as the root of a new tree.
+        for (const size_t committed : {path.size(), path.size() - 1}) {
+          Cache moved = cache;
+          moved.layer.keys = moved.keys.row(0);
+          moved.layer.values = moved.values.row(0);
+          for (size_t j = 0; j < path.size(); ++j) {
+            moved.copy_slot(base + path[j], base + static_cast<int32_t>(j));
+          }
+          View flat;
+          flat.tree_base = base + static_cast<int32_t>(committed);
+          flat.words = committed == path.size() ? 0 : 1;
+          if (committed == path.size()) {
+            flat.add(base + static_cast<int32_t>(committed), {});
+          } else {
+            flat.add(base + static_cast<int32_t>(committed), {0});
+          }
+          Matrix out(1, q.cols());
+          backend->attention(out.tensor(), q.tensor().row_slice(static_cast<int64_t>(node), 1),
+                             moved.layer, flat.visible());
+          CAPTURE(base);
+          CAPTURE(committed);
+          CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("NaN behind a row's prefix does not reach the row") {
+  const Shape shape{4, 2, 16};
+  for (const Kernels* kernels : all_kernels()) {
+    TestBackend backend(*kernels, 1, limits_for(shape, 4, 200));
+    Random random(2);
+    Cache cache(shape, 140, random);
+    for (int64_t h = 0; h < 2; ++h) {
+      for (int64_t d = 0; d < 16; ++d) cache.key(h, 133)[d] = cache.value(h, 133)[d] = NAN;
+    }
+    Matrix q(3, 64, random);
+    View view;
+    for (int32_t r = 0; r < 3; ++r) view.add(132 + r, {});  // the last row sees slot 133
+    Matrix out(3, 64);
+    backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+    for (int64_t i = 0; i < 64; ++i) {
+      CHECK(std::isfinite(out.row(0)[i]));
+      CHECK(std::isfinite(out.row(1)[i]));
+      CHECK(std::isnan(out.row(2)[i]));
+    }
+  }
+}
+
+TEST_CASE("attention refuses head dimensions that it cannot do") {
+  const Shape shape{2, 2, 12};
+  TestBackend backend(*kernels_portable(), 1, limits_for(shape, 2, 10));
+  Random random(1);
+  Cache cache(shape, 4, random);
+  Matrix q(1, 24);
+  Matrix out(1, 24);
+  View view;
+  view.add(1, {});
+  CHECK_THROWS_AS(backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible()), Error);
+}
+
+}  // namespace frspec::cpu

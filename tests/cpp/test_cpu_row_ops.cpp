@@ -1,0 +1,142 @@
+// Norm, rotation and KV append, row copies and KV commit against plain loops.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu_test_support.h"
+
+namespace frspec::cpu {
+
+TEST_CASE(
+    "rms_norm equals the double-precision formula, and a row's bits do not depend on others") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const int64_t cols : {1, 7, 72, 576, 896, 1793}) {
+      TestBackend one(*kernels, 1, {});
+      TestBackend three(*kernels, 3, {});
+      Random random(static_cast<uint32_t>(cols));
+      Matrix x(65, cols, random, 3.0f, 2);
+      Matrix weight(1, cols, random);
+      Matrix out(65, cols, 1);
+      one->rms_norm(out.tensor(), x.tensor(), weight.row(0), 1e-5f);
+      double worst = 0;
+      for (int64_t r = 0; r < 65; ++r) {
+        double squares = 0;
+        for (int64_t i = 0; i < cols; ++i) squares += double{x.row(r)[i]} * x.row(r)[i];
+        const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-5);
+        for (int64_t i = 0; i < cols; ++i) {
+          const double want = x.row(r)[i] * scale * weight.row(0)[i];
+          worst = std::max(worst, std::fabs(want - out.row(r)[i]) / (1 + std::fabs(want)));
+        }
+      }
+      CHECK(worst < 1e-6);
+      Matrix again(65, cols);
+      three->rms_norm(again.tensor(), x.tensor(), weight.row(0), 1e-5f);
+      Matrix alone(1, cols);
+      for (int64_t r = 0; r < 65; ++r) {
+        three->rms_norm(alone.tensor(), x.tensor().row_slice(r, 1), weight.row(0), 1e-5f);
+        CHECK(equal_bits(again.row(r), out.row(r), cols));
+        CHECK(equal_bits(alone.row(0), out.row(r), cols));
+      }
+      three->rms_norm(x.tensor(), x.tensor(), weight.row(0), 1e-5f);  // in place
+      for (int64_t r = 0; r < 65; ++r) CHECK(equal_bits(x.row(r), out.row(r), cols));
+    }
+  }
+}
+
+TEST_CASE("rope_and_append rotates by halves and places keys and values") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const int64_t head_dim : {8, 24, 64, 80, 128}) {
+      constexpr int64_t kQueryHeads = 6;
+      constexpr int64_t kHeads = 2;
+      constexpr int64_t kRows = 21;
+      constexpr int64_t kSlots = 40;
+      TestBackend backend(*kernels, 2, {});
+      Random random(static_cast<uint32_t>(head_dim));
+      Matrix qkv(kRows, (kQueryHeads + 2 * kHeads) * head_dim, random, 1.0f, 3);
+      const Matrix before = qkv;
+      Matrix rope(50, head_dim);
+      for (int64_t p = 0; p < 50; ++p) {
+        for (int64_t i = 0; i < head_dim / 2; ++i) {
+          const double angle = static_cast<double>(p) / static_cast<double>(i + 1);
+          rope.row(p)[i] = static_cast<float>(std::cos(angle));
+          rope.row(p)[head_dim / 2 + i] = static_cast<float>(std::sin(angle));
+        }
+      }
+      Matrix keys(kHeads * kSlots, head_dim);
+      Matrix values(kHeads * kSlots, head_dim);
+      const KvLayer kv{keys.row(0), values.row(0), DType::kF32, kHeads, kSlots, head_dim};
+      std::vector<int32_t> positions;
+      std::vector<int32_t> slots;
+      for (int32_t r = 0; r < kRows; ++r) {
+        positions.push_back(49 - 2 * r);
+        slots.push_back((r * 3 + 5) % static_cast<int32_t>(kSlots));
+      }
+      backend->rope_and_append(qkv.tensor(), kv, rope.tensor(), positions.data(), slots.data());
+      double worst = 0;
+      const int64_t half = head_dim / 2;
+      for (int64_t r = 0; r < kRows; ++r) {
+        const size_t index = static_cast<size_t>(r);
+        const float* turn = rope.row(positions[index]);
+        for (int64_t h = 0; h < kQueryHeads + kHeads; ++h) {
+          const float* from = before.row(r) + h * head_dim;
+          const float* got = h < kQueryHeads ? qkv.row(r) + h * head_dim
+                                             : keys.row((h - kQueryHeads) * kSlots + slots[index]);
+          for (int64_t i = 0; i < half; ++i) {
+            const double c = turn[i];
+            const double s = turn[half + i];
+            worst = std::max(worst, std::fabs(from[i] * c - from[half + i] * s - got[i]));
+            worst = std::max(worst, std::fabs(from[half + i] * c + from[i] * s - got[half + i]));
+          }
+        }
+        for (int64_t h = 0; h < kHeads; ++h) {
+          CHECK(equal_bits(values.row(h * kSlots + slots[index]),
+                           before.row(r) + (kQueryHeads + kHeads + h) * head_dim, head_dim));
+        }
+      }
+      CHECK(worst < 1e-6);
+    }
+  }
+}
+
+TEST_CASE("gather_rows copies the named rows") {
+  TestBackend backend(*kernels_portable(), 1, {});
+  Random random(1);
+  Matrix src(5, 33, random, 1.0f, 2);
+  Matrix out(4, 33);
+  const int32_t rows[] = {4, 0, 4, 2};
+  backend->gather_rows(out.tensor(), src.tensor(), rows);
+  for (int64_t r = 0; r < 4; ++r) CHECK(equal_bits(out.row(r), src.row(rows[r]), 33));
+}
+
+TEST_CASE("commit_kv moves the accepted path to the front, in every layer and head") {
+  constexpr int64_t kHeads = 3;
+  constexpr int64_t kSlots = 30;
+  constexpr int64_t kHeadDim = 8;
+  TestBackend backend(*kernels_portable(), 1, {});
+  Random random(1);
+  std::vector<Matrix> memory;
+  for (int i = 0; i < 4; ++i) memory.emplace_back(kHeads * kSlots, kHeadDim, random);
+  const std::vector<Matrix> before = memory;
+  const KvLayer layers[] = {
+      {memory[0].row(0), memory[1].row(0), DType::kF32, kHeads, kSlots, kHeadDim},
+      {memory[2].row(0), memory[3].row(0), DType::kF32, kHeads, kSlots, kHeadDim}};
+  const int32_t base = 7;
+  const int32_t path[] = {0, 2, 3, 9};
+  const int32_t length = 4;
+  backend->commit_kv(layers, 2, &base, path, &length);
+  for (size_t m = 0; m < 4; ++m) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      for (int32_t slot = 0; slot < kSlots; ++slot) {
+        const int32_t j = slot - base;
+        const int32_t from = j >= 0 && j < length ? base + path[j] : slot;
+        CHECK(equal_bits(memory[m].row(h * kSlots + slot), before[m].row(h * kSlots + from),
+                         kHeadDim));
+      }
+    }
+  }
+}
+
+}  // namespace frspec::cpu

