@@ -6,16 +6,11 @@ tree shape and thread count, at the end of the context and where a text stops.
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from reference import tiny
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 DRAFTER = tiny.TinyDrafter(fc_bias=True)
 TREES = [(1, 1, 1), (1, 4, 5), (3, 1, 4), (4, 3, 16), (6, 10, 60), (5, 8, 65), (5, 10, 256)]
 
@@ -197,63 +192,3 @@ def test_requests_in_a_row(new_tiny_generator, step_rounds):
             found, found_logits = run(generator, prompt, methods[index % len(methods)])
             assert found == tokens
             np.testing.assert_array_equal(found_logits, logits)
-
-
-# Real models, where a folder is named: drafter folder, and new tokens per text.
-REAL_MODELS = {
-    "FRSPEC_SMOLLM2_DIR": ("smollm2-135m-instruct-eagle", 12),
-    "FRSPEC_QWEN_DIR": ("qwen2.5-coder-0.5b-instruct-eagle", 6),
-}
-REAL_SETTINGS = [  # (sub-vocabulary, tree)
-    (None, (3, 2, 8)),
-    (8192, (4, 4, 12)),
-    (32768, (2, 3, 6)),
-    (16384, (5, 8, 40)),
-]
-
-
-@pytest.mark.parametrize("variable", REAL_MODELS)
-def test_real_models(new_generator, ranking_writer, tmp_path, variable):
-    """24 Spec-Bench prompts over all categories, greedy and sampled, over several settings."""
-    import frspec
-    from frspec.tokenizer import Tokenizer
-
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} does not name a model folder")
-    drafter, count = SHARED / "drafters" / REAL_MODELS[variable][0], REAL_MODELS[variable][1]
-    questions = SHARED / "data" / "spec_bench.jsonl"
-    if not drafter.is_dir() or not questions.is_file():
-        pytest.skip(f"{drafter} or {questions} is absent")
-    tokenizer = Tokenizer.load(folder)
-    turns = [json.loads(line)["turns"][0] for line in questions.read_text().splitlines()]
-    prompts = [tokenizer.encode(turn)[:48] for turn in turns[:: len(turns) // 24][:24]]
-    assert len(prompts) == 24
-
-    samplings = ({"temperature": 0.0}, {"temperature": 1.0, "seed": 42})
-    plain = new_generator(folder, max_context=256)
-    alone = [
-        [plain.generate(prompt, max_new_tokens=count, **sampling).token_ids for prompt in prompts]
-        for sampling in samplings
-    ]
-    del plain
-    vocab = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
-    ranking = tmp_path / "ranking.safetensors"
-    # Low ids are the frequent ones of a BPE tokenizer.
-    ranking_writer(ranking, np.arange(vocab), tokenizer.fingerprint)
-    accepted = []
-    for index, (size, (depth, topk, tokens)) in enumerate(REAL_SETTINGS):
-        options = {"drafter": str(drafter), "max_context": 256}
-        options["tree"] = frspec.Tree(depth=depth, topk=topk, tokens=tokens)
-        if size is not None:
-            options |= {"ranking": str(ranking), "vocab_size": size}
-        fast = new_generator(folder, **options)
-        for number in range(index, len(prompts), len(REAL_SETTINGS)):
-            for sampling, texts in zip(samplings, alone, strict=True):
-                drafted = fast.generate(
-                    prompts[number], max_new_tokens=count, method="eagle2", **sampling
-                )
-                assert drafted.token_ids == texts[number], f"prompt {number}, {sampling}"
-                accepted += drafted.accept_lengths
-        del fast
-    assert max(accepted) > 1
