@@ -12,6 +12,9 @@ constexpr int64_t kDepthBlock = 256;
 // Up to this size of x the panels are the outer loop, so that each is read from memory in one go;
 // beyond it the blocks of k are, so that x is read from the L2 cache for all panels of the task.
 constexpr int64_t kResidentBytes = 192 << 10;
+// How far ahead of itself a single tile asks for its weights: the hardware's prefetchers alone
+// leave arithmetic and memory taking turns (4 rows then cost 1.45x one row, with it 1.05x).
+constexpr int64_t kPrefetchBytes = 4096;
 
 template <typename Weights, int M>
 void multiply_rows(const char* weights, int64_t panel_bytes, const float* x, int64_t x_stride,
@@ -73,8 +76,9 @@ void multiply(const MultiplyTask& task) {
   const int64_t depth_block = tiles == 1 ? task.depth : kDepthBlock;
   const int64_t blocks = (task.depth + depth_block - 1) / depth_block;
   const bool panels_outer = task.rows * task.depth * 4 <= kResidentBytes || blocks == 1;
-  // Each tile brings its share of the next block, so that memory is read all the time.
-  const int64_t prefetch_step = tiles == 1 ? 0 : (4 * Weights::kRowBytes + tiles - 1) / tiles;
+  // A single tile runs ahead in its own stream; of several, each brings its share of the next
+  // block.
+  const int64_t prefetch_step = (4 * Weights::kRowBytes + tiles - 1) / tiles;
 
   const char* weights = static_cast<const char*>(task.weights);
   const float* x = static_cast<const float*>(task.x);
@@ -84,8 +88,9 @@ void multiply(const MultiplyTask& task) {
     const int64_t left = task.depth - first_k;
     const int64_t depth = left < depth_block ? left : depth_block;
     const char* block = weights + p * task.panel_bytes + first_k * Weights::kRowBytes;
-    const char* next = panels_outer || p + 1 == task.panels ? block + depth * Weights::kRowBytes
-                                                            : block + task.panel_bytes;
+    const char* next = tiles == 1                             ? block + kPrefetchBytes
+                       : panels_outer || p + 1 == task.panels ? block + depth * Weights::kRowBytes
+                                                              : block + task.panel_bytes;
     int64_t row = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = small + (t < large_tiles ? 1 : 0);

@@ -86,6 +86,7 @@ FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const
   for (; k + 4 <= depth; k += 4) {
     if (prefetch.step != 0) {
       Simd::prefetch(prefetch.next);
+      if (prefetch.step > 64) Simd::prefetch(prefetch.next + 64);
       prefetch.next += prefetch.step;
     }
 #pragma GCC unroll 4
