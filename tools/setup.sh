@@ -80,7 +80,9 @@ missing_packages() {
   has_venv || has_module "venv, ensurepip" || has_module "venv, pip" || echo python3-venv
   has_python_headers || echo python3-dev
   has_header nlohmann/json.hpp || echo nlohmann-json3-dev
-  [ "$purpose" = run ] || has_header doctest/doctest.h || echo doctest-dev
+  [ "$purpose" != run ] || return 0
+  has_header doctest/doctest.h || echo doctest-dev
+  has_header simde/x86/avx512.h || echo libsimde-dev
 }
 
 mapfile -t missing < <(missing_packages)

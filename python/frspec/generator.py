@@ -95,7 +95,15 @@ class Generator:
     ):
         began = time.perf_counter()
         self._engine, self._folder = plan_engine(
-            model, drafter, ranking, vocab_size, device, dtype, max_context, memory_limit, threads,
+            model,
+            drafter,
+            ranking,
+            vocab_size,
+            device,
+            dtype,
+            max_context,
+            memory_limit,
+            threads,
             tree,
         )
         self._engine.load()
@@ -217,9 +225,7 @@ class Generator:
         limits = np.iinfo(np.int32)
         outside = token_ids[(token_ids < 0) | (token_ids > limits.max)]
         if outside.size:
-            raise RequestError(
-                f"token id {outside[0]} is outside [0, {self._engine.vocab_size})"
-            )
+            raise RequestError(f"token id {outside[0]} is outside [0, {self._engine.vocab_size})")
         return np.ascontiguousarray(token_ids, np.int32)
 
 

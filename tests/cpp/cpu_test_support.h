@@ -15,8 +15,10 @@
 
 namespace frspec::cpu {
 
+#ifdef FRSPEC_TEST_EMULATED_AVX512
 const Kernels* kernels_avx512_emulated();
 const Kernels* kernels_avx512_bf16_emulated();
+#endif
 
 inline std::vector<const Kernels*> all_kernels() {
   std::vector<const Kernels*> all{kernels_portable()};
@@ -31,8 +33,10 @@ inline std::vector<const Kernels*> all_kernels() {
     if (__builtin_cpu_supports("avx512bf16")) all.push_back(kernels_avx512_bf16());
   }
 #endif
+#ifdef FRSPEC_TEST_EMULATED_AVX512
   all.push_back(kernels_avx512_emulated());
   all.push_back(kernels_avx512_bf16_emulated());
+#endif
   return all;
 }
 

@@ -17,14 +17,19 @@ std::atomic<int64_t> allocation_count{0};
 
 }  // namespace
 
-// Counts every allocation of the test program.
+// Counts every allocation of the test program. GCC sees the inlined free() of memory from a
+// replaced operator new and takes the pair for a mistake.
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
 void* operator new(size_t size) {
   ++allocation_count;
   if (void* memory = std::malloc(size)) return memory;
   throw std::bad_alloc();
 }
+void* operator new[](size_t size) { return operator new(size); }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 
 namespace frspec {
 namespace {
