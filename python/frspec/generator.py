@@ -31,9 +31,7 @@ class Tree:
     tokens: int
 
 
-# On a GPU, FR-Spec's published setting. On a CPU every verified node costs time, so the tree is small
-# (docs/cpu.md has the measurement).
-GPU_TREE = Tree(depth=6, topk=10, tokens=60)
+# Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
 CPU_TREE = Tree(depth=2, topk=3, tokens=4)
 
 
@@ -150,13 +148,14 @@ class Generator:
         """Writes a continuation of the prompt.
 
         prompt: a text, token ids, or chat messages ([{"role": ..., "content": ...}], put into the
-        model's chat template). temperature 0 takes the likeliest token; above, tokens are drawn from
-        the softmax of logits / temperature over what top_k (0: all), top_p and min_p leave, and the
-        same seed gives the same text whatever the method. stop: strings that end the text, not
-        included in it. method: "eagle2" (default with a drafter) or "plain". ignore_eos: write on
-        past ending tokens.
+        model's chat template). temperature 0 takes the likeliest token; above, tokens are drawn
+        from the softmax of logits / temperature over what top_k (0: all), top_p and min_p leave,
+        and the same seed gives the same text whatever the method. stop: strings that end the text,
+        not included in it. method: "eagle2" (default with a drafter) or "plain". ignore_eos: write
+        on past ending tokens.
 
-        Raises RequestError. KeyboardInterrupt ends it between two rounds; the generator stays usable.
+        Raises RequestError. KeyboardInterrupt ends it between two rounds; the generator stays
+        usable.
         """
         stream = self.stream(
             prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method, ignore_eos

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from reference import tiny
 
 # Runs in a process of its own: the peak of a process never falls again.
