@@ -1,7 +1,7 @@
 """Checks the flagship promise on real prompts: speculative output equals plain output.
 
 For every prompt of a Spec-Bench file (JSON lines with `turns`), every temperature, sub-vocabulary
-and tree shape, the token ids written by EAGLE-2 are compared with those that the target writes alone
+and tree shape, the token ids written by EAGLE-2 are compared with those the target writes alone
 with the same seed. Prints one line per configuration and exits with 1 if any text differs.
 
     python tools/check_exactness.py --model DIR --drafter DIR --ranking FILE --prompts FILE
