@@ -72,6 +72,31 @@ NB_MODULE(_core, m) {
   m.doc() = "The compiled runtime of frspec. Use frspec.Generator.";
   nb::register_exception_translator(translate);
 
+  m.def(
+      "devices",
+      [] {
+        nb::list devices;
+        for (const char* name : {"cpu", "cuda"}) {
+          nb::dict device;
+          device["name"] = name;
+          try {
+            const frspec::DeviceInfo info = frspec::make_backend(name, 0)->info();
+            device["available"] = true;
+            device["description"] = info.description;
+            device["available_bytes"] = info.available_bytes;
+          } catch (const frspec::DeviceError& error) {
+            device["available"] = false;
+            device["description"] = error.what();
+            device["available_bytes"] = 0;
+          }
+          devices.append(device);
+        }
+        return devices;
+      },
+      nb::sig("def devices() -> list[dict[str, typing.Any]]"),
+      "The kinds of device of this build: name, available, description (or why it is not),"
+      " available_bytes.");
+
   nb::class_<Engine>(m, "Engine", "Target, drafter and memory; one sequence at a time.")
       .def(
           "__init__",

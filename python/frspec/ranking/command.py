@@ -125,6 +125,7 @@ def import_ids(path: Path, tokenizer: Tokenizer, corpus: str) -> Ranking:
 
 def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranking:
     broken = Broken(strict=args.strict)
+    total_bytes = check_inputs(args.input)  # before the bar: a missing file is one line
     console = Console(stderr=True)
     with Progress(
         BarColumn(bar_width=16),
@@ -133,8 +134,9 @@ def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranki
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,  # an unfinished bar would stand before an error's line
     ) as progress:
-        task = progress.add_task("counting", total=check_inputs(args.input), rate="")
+        task = progress.add_task("counting", total=total_bytes, rate="")
 
         def show(count: Count) -> None:
             rate = f"{_short(count.tokens)} tokens, {_short(_rate(count))}/s"
