@@ -20,9 +20,12 @@ std::atomic<int64_t> allocation_count{0};
 // Counts every allocation of the test program. GCC sees the inlined free() of memory from a
 // replaced operator new and takes the pair for a mistake.
 #pragma GCC diagnostic ignored "-Wmismatched-new-delete"
-void* operator new(size_t size) {
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
   ++allocation_count;
-  if (void* memory = std::malloc(size)) return memory;
+  return std::malloc(size);
+}
+void* operator new(size_t size) {
+  if (void* memory = operator new(size, std::nothrow)) return memory;
   throw std::bad_alloc();
 }
 void* operator new[](size_t size) { return operator new(size); }
