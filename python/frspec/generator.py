@@ -32,7 +32,7 @@ class Tree:
 
 
 # Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
-CPU_TREE = Tree(depth=2, topk=3, tokens=4)
+CPU_TREE = Tree(depth=1, topk=3, tokens=4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def test_peak_memory_is_within_five_percent_of_the_plan(tmp_path):
     target = tiny.write_model(tmp_path / "target", model)
     drafter = tiny.write_drafter(tmp_path / "drafter", model, target, tiny.TinyDrafter())
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(target), str(drafter), "1500"],
+        [sys.executable, "-c", PROBE, str(target), str(drafter), "1000"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -76,7 +76,7 @@ def check_same_text(model: Path, drafter: Path, ranking: Path, new_tokens: int) 
 
 
 def test_smollm2_writes_the_same_text(smollm2):
-    check_same_text(smollm2, DRAFTER, RANKING, new_tokens=24)
+    check_same_text(smollm2, DRAFTER, RANKING, new_tokens=16)
 
 
 def test_qwen_writes_the_same_text(tmp_path):
