@@ -63,6 +63,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise_as("MemoryPlanError", error.what());
   } catch (const frspec::DeviceError& error) {
     raise_as("DeviceError", error.what());
+  } catch (const frspec::Error& error) {
+    raise_as("FrspecError", error.what());
   }
 }
 

@@ -74,6 +74,8 @@ struct WorkspaceLimits {
   int64_t vocab = 0;         // V
   int64_t visible = 0;       // visible slots of a row
   int64_t query_heads = 0;   // H
+  int64_t head_dim = 0;      // D
+  int64_t group_heads = 0;   // H / K
   int64_t in_features = 0;   // of any linear
   int64_t out_features = 0;  // of any linear but the head
 };
@@ -89,7 +91,7 @@ class Backend {
   virtual DType kv_dtype(DType weight_dtype) const = 0;
 
   // Takes the backend's scratch memory from the arena. Called before any op, twice like all layout
-  // code.
+  // code. ModelError when the backend has no kernel for such sizes.
   virtual void layout(Arena& arena, const WorkspaceLimits& limits) = 0;
   // The one allocation, zero-filled and resident. MemoryPlanError when it cannot be had. Freed with
   // the backend.

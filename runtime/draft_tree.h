@@ -149,10 +149,13 @@ FRSPEC_HOST_DEVICE inline void expand_beam(const DraftPool& pool, const DraftLev
     level.row_slots[j] = *level.committed + in_flight;
     level.row_prefix[j] = *level.committed;
     uint64_t* own = level.ancestors + in_flight * level.ancestor_words;
-    const uint64_t* inherited =
-        level.ancestors + ((level.level - 2) * topk + source) * level.ancestor_words;
+    const uint64_t* inherited = nullptr;
+    if (level.level > 1) {
+      const int parent_in_flight = (level.level - 2) * topk + source;
+      inherited = level.ancestors + parent_in_flight * level.ancestor_words;
+    }
     for (int64_t word = 0; word < level.ancestor_words; ++word) {
-      own[word] = level.level == 1 ? 0 : inherited[word];
+      own[word] = inherited == nullptr ? 0 : inherited[word];
     }
     own[in_flight / 64] |= uint64_t{1} << (in_flight % 64);
   }

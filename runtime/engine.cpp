@@ -160,6 +160,8 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   limits.vocab = config.vocab_size;
   limits.visible = max_context + std::max(nodes, depth * beam_rows);
   limits.query_heads = config.num_heads;
+  limits.head_dim = config.head_dim;
+  limits.group_heads = config.num_heads / config.num_kv_heads;
   const int64_t q_width = config.num_heads * config.head_dim;
   const int64_t kv_width = config.num_kv_heads * config.head_dim;
   limits.in_features = std::max({config.hidden_size, q_width, config.intermediate_size});
@@ -170,6 +172,8 @@ void Engine::layout(Arena& arena, int64_t max_context) {
     const int64_t draft_q = draft.num_heads * draft.head_dim;
     const int64_t draft_kv = draft.num_kv_heads * draft.head_dim;
     limits.query_heads = std::max(limits.query_heads, draft.num_heads);
+    limits.head_dim = std::max(limits.head_dim, draft.head_dim);
+    limits.group_heads = std::max(limits.group_heads, draft.num_heads / draft.num_kv_heads);
     limits.in_features =
         std::max({limits.in_features, 2 * draft.hidden_size, draft_q, draft.intermediate_size});
     limits.out_features =

@@ -15,6 +15,7 @@ import numpy as np
 from . import hub
 from ._core import Engine
 from .errors import RequestError
+from .ranking import Ranking
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
@@ -188,19 +189,25 @@ class Generator:
             "method": method,
             "max_new_tokens": _number("max_new_tokens", max_new_tokens, int),
             "temperature": _number("temperature", temperature, float),
-            "top_k": _number("top_k", top_k, int),
+            "top_k": _number("top_k", top_k, int, _INT32),
             "top_p": _number("top_p", top_p, float),
             "min_p": _number("min_p", min_p, float),
-            "seed": _number("seed", seed, int) % 2**64,
+            "seed": _number("seed", seed, int, (-(2**63), 2**64 - 1)) % 2**64,
             "ignore_eos": bool(ignore_eos),
         }
         matcher = StopMatcher(stop)
         decoder = None if self._tokenizer is None else StreamDecoder(self._tokenizer)
         if decoder is None and stop:
             raise RequestError("stop strings need a tokenizer; the model folder has none")
+        stream = TextStream(self, method, len(token_ids), decoder, matcher)
         with self._lock:
-            self._engine.start(token_ids, **request)
-            self._current = stream = TextStream(self, method, len(token_ids), decoder, matcher)
+            previous, self._current = self._current, None
+            try:
+                self._engine.start(token_ids, **request)
+            except RequestError:
+                self._current = previous  # a refused request leaves the open stream alone
+                raise
+            self._current = stream
         return stream
 
     def encode(self, prompt: Prompt) -> np.ndarray:
@@ -278,23 +285,35 @@ class TextStream(Iterator[str]):
 
     def _step(self) -> str:
         with self._generator._lock:
+            if self._result is not None:  # closed by another thread meanwhile
+                return ""
             if self._generator._current is not self:
                 return self._finish("cancelled")
-            new_tokens = self._engine.step()
-            piece = ""
-            kept = 0
-            for token_id in new_tokens:
-                kept += 1
-                self._token_ids.append(token_id)
-                if self._decoder is not None:
-                    piece += self._matcher.push(self._decoder.push([token_id]))
-                    if self._matcher.matched is not None:
-                        break
-            if new_tokens and len(self._token_ids) > kept:  # the first token is the prompt's
-                self._accept_lengths.append(kept)
-            reason = "stop" if self._matcher.matched is not None else self._engine.finish_reason
-            self._pieces.append(piece)
-            return piece if reason is None else piece + self._finish(reason)
+            try:
+                return self._round()
+            except BaseException:  # an interrupt loses the round: nothing may follow the gap
+                if self._result is None:
+                    self._finish("cancelled")
+                raise
+
+    def _round(self) -> str:
+        new_tokens = self._engine.step()
+        first = not self._token_ids  # the first token comes from the prompt
+        text = ""
+        kept = 0
+        for token_id in new_tokens:
+            kept += 1
+            self._token_ids.append(token_id)
+            if self._decoder is not None:
+                piece = self._matcher.push(self._decoder.push([token_id]))
+                self._pieces.append(piece)
+                text += piece
+                if self._matcher.matched is not None:
+                    break
+        if new_tokens and not first:
+            self._accept_lengths.append(kept)
+        reason = "stop" if self._matcher.matched is not None else self._engine.finish_reason
+        return text if reason is None else text + self._finish(reason)
 
     def _finish(self, reason: Literal["stop", "length", "cancelled"]) -> str:
         """Settles the result; returns the text that was still held back."""
@@ -309,10 +328,10 @@ class TextStream(Iterator[str]):
         seconds = self._engine.timings if current else dict.fromkeys(("prefill", "draft"), 0.0)
         self._result = Result(
             text="".join(self._pieces),
-            token_ids=self._token_ids,
+            token_ids=list(self._token_ids),
             prompt_tokens=self._prompt_tokens,
             finish_reason=reason,
-            accept_lengths=self._accept_lengths,
+            accept_lengths=list(self._accept_lengths),
             timings=_timings(self._generator._load_s, seconds, sum(self._accept_lengths)),
             reused_tokens=self._engine.reused_tokens if current else 0,
             device=self._engine.device,
@@ -341,17 +360,20 @@ def plan_engine(
         if sub_vocab_size < 1:
             raise RequestError(f'vocab_size must be positive or "full", found {vocab_size}')
     fingerprint = ""
-    if sub_vocab_size and ranking is not None:
-        fingerprint = Tokenizer.load(folder).fingerprint
+    if ranking is not None:
+        tokenizer = Tokenizer.load(folder)
+        fingerprint = tokenizer.fingerprint
+        if not sub_vocab_size:  # the engine will not read it: a wrong file is an error all the same
+            Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
     if tree is None:
         tree = CPU_TREE
     options = {
         "max_context": _option("max_context", max_context),
         "memory_limit": _option("memory_limit", memory_limit),
         "threads": _option("threads", threads),
-        "tree_depth": _number("tree depth", tree.depth, int),
-        "tree_topk": _number("tree topk", tree.topk, int),
-        "tree_tokens": _number("tree tokens", tree.tokens, int),
+        "tree_depth": _number("tree depth", tree.depth, int, _INT32),
+        "tree_topk": _number("tree topk", tree.topk, int, _INT32),
+        "tree_tokens": _number("tree tokens", tree.tokens, int, _INT32),
     }
     engine = Engine(
         str(folder),
@@ -381,14 +403,26 @@ def _timings(load_s: float, seconds: Mapping[str, float], decoded_tokens: int) -
     )
 
 
-def _number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
+_INT32 = (-(2**31), 2**31 - 1)
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+def _number(
+    name: str,
+    value: Any,
+    kind: type[int] | type[float],
+    limits: tuple[int, int] = _INT64,
+) -> Any:
     allowed = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, allowed):
         expected = "an integer" if kind is int else "a number"
         raise RequestError(f"{name} must be {expected}, found {_short(value)}")
-    if kind is int and not -(2**63) <= value < 2**64:
-        raise RequestError(f"{name} must fit into 64 bits, found {value}")
-    return kind(value)
+    if kind is int and not limits[0] <= value <= limits[1]:
+        raise RequestError(f"{name} must be {limits[0]} to {limits[1]}, found {_short(value)}")
+    try:
+        return kind(value)
+    except OverflowError:
+        raise RequestError(f"{name} must be a finite number, found {_short(value)}") from None
 
 
 def _option(name: str, value: int | None) -> int:

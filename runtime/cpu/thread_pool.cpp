@@ -84,6 +84,9 @@ ThreadPool::ThreadPool(int threads) : oversubscribed_(threads > usable_threads()
     stop();
     throw DeviceError(
         concat("cannot start ", threads, " threads, only ", started, ": ", error.what()));
+  } catch (...) {
+    stop();
+    throw;
   }
 }
 

@@ -157,6 +157,16 @@ TEST_CASE("the memory plan") {
   CHECK(generate(fitting, {1, 2, 3}, make_request(Method::kEagle2, 0.0f)).size() == 60);
 }
 
+TEST_CASE("sizes without a kernel are refused before anything is loaded") {
+  test::TinySizes sizes;
+  sizes.head_dim = 264;
+  EngineOptions options;
+  options.model = test::write_tiny_target("wide_heads", sizes);
+  options.device = "cpu";
+  CHECK_THROWS_WITH_AS(Engine{options}, doctest::Contains("head_dim up to 256, found 264"),
+                       ModelError);
+}
+
 TEST_CASE("a refused request leaves the engine usable") {
   Engine engine(tiny_options("refused", {3, 4, 12}));
   engine.load();

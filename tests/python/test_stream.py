@@ -1,0 +1,75 @@
+"""Streams that end early: closed, interrupted, replaced by another request."""
+
+from __future__ import annotations
+
+import pytest
+
+import frspec
+from reference import tiny
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.fixture
+def generator(new_tiny_generator):
+    model = tiny.FAMILIES["llama3"]
+    return new_tiny_generator(model, drafter=tiny.TinyDrafter(), tree=(2, 2, 4))
+
+
+def exhaust(stream) -> list[int]:
+    for _ in stream:
+        pass
+    return stream.result.token_ids
+
+
+def test_a_closed_stream_stays_closed(generator):
+    stream = generator.stream(PROMPT, max_new_tokens=40, ignore_eos=True)
+    stream._step()
+    stream._step()
+    with pytest.raises(frspec.RequestError, match="has not ended"):
+        _ = stream.result
+    stream.close()
+    result = stream.result
+    written = list(result.token_ids)
+    assert result.finish_reason == "cancelled"
+    assert stream._step() == ""  # as a thread that waited for the lock would
+    assert list(stream) == []
+    assert stream.result is result
+    assert result.token_ids == written
+
+
+def test_a_new_request_ends_the_open_stream(generator):
+    expected = exhaust(generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
+    open_stream = generator.stream([7, 7], max_new_tokens=20, ignore_eos=True)
+    open_stream._step()
+    assert exhaust(generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True)) == expected
+    assert list(open_stream) == []
+    assert open_stream.result.finish_reason == "cancelled"
+
+
+def test_a_refused_request_leaves_the_open_stream_alone(generator):
+    expected = exhaust(generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
+    stream = generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    stream._step()
+    for nonsense in ({"top_k": 3_000_000_000}, {"temperature": 10**400}, {"top_p": 2.0}):
+        with pytest.raises(frspec.RequestError):
+            generator.stream([7, 7], **nonsense)
+    assert exhaust(stream) == expected
+
+
+def test_an_interrupt_ends_the_stream(generator):
+    stream = generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    stream._step()
+
+    class Interrupted:
+        finish_reason = None
+        device, timings, reused_tokens = "cpu", {}, 0
+
+        def step(self):
+            raise KeyboardInterrupt
+
+    stream._engine = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert stream.result.finish_reason == "cancelled"
+    assert list(stream) == []
