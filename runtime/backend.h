@@ -37,14 +37,17 @@ struct LinearWeight {
   const float* bias = nullptr;  // [out_features] fp32, or null
 };
 
-// Keys and values of one layer, each [K, C, D] in `dtype`: head-major, so that a head streams its
-// slots.
+// The slots of a KV cache are a multiple of this, so that a backend may keep them in blocks.
+constexpr int64_t kKvSlotMultiple = 128;
+
+// Keys and values of one layer, K heads of C slots of D elements in `dtype`: head-major, so that a
+// head streams its slots. The order of elements within a head belongs to the backend.
 struct KvLayer {
   void* keys = nullptr;
   void* values = nullptr;
   DType dtype = DType::kF32;
   int64_t heads = 0;     // K
-  int64_t slots = 0;     // C
+  int64_t slots = 0;     // C, a multiple of kKvSlotMultiple
   int64_t head_dim = 0;  // D
 };
 

@@ -20,6 +20,7 @@ struct KvCache {
   void layout(Arena& arena, const char* plan_name, const ModelConfig& config, DType dtype,
               int64_t slots) {
     layers.resize(static_cast<size_t>(config.num_layers));
+    slots = (slots + kKvSlotMultiple - 1) / kKvSlotMultiple * kKvSlotMultiple;
     const size_t bytes =
         static_cast<size_t>(config.num_kv_heads * slots * config.head_dim) * dtype_size(dtype);
     for (KvLayer& layer : layers) {

@@ -1,15 +1,17 @@
-"""Measures the CPU backend end to end, every ratio from one run.
+"""Measures the CPU backend end to end: ratios of things that ran next to each other.
 
-What is timed is interleaved, round by round, so that a noisy machine disturbs all of it alike, and
-the best of the rounds counts:
+The memory of a shared machine may be twice as fast in one minute as in the next, so every ratio is
+taken within a round, between runs that follow each other at once; printed are the median of the
+rounds and, in brackets, the least and the greatest:
 
-- read bandwidth of the memory (bench_cpu), which is the floor of a decoding step: weight bytes over
-  bandwidth;
-- plain decoding, and verification of trees of several sizes, per step, at a context of about 100;
-- prefill of 512 tokens, as multiply-adds per second;
-- with torch installed: its bf16 products of the same shapes and row count.
+- plain decoding: the floor (weight bytes over the read bandwidth that bench_cpu measures before and
+  after) over the time of a step;
+- verification of trees of several sizes over a step of plain decoding before and after, at a
+  context of about 100;
+- prefill of 512 tokens in multiply-adds per second, and with torch installed over its bf16 products
+  of the same shapes and row count, before and after.
 
-    python tools/measure_cpu.py --model DIR --drafter DIR --bench build/tools/bench_cpu
+    python tools/measure_cpu.py --model DIR --drafter DIR --bench build/tests/bench_cpu
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -29,12 +32,16 @@ PREFILL = 512
 
 
 def read_bandwidth(bench: str, threads: int) -> tuple[float, float]:
-    """GB/s and fp32 multiply-adds per nanosecond that `threads` threads reach."""
+    """GB/s, and multiply-adds per nanosecond of the backend's kernel out of the L1 cache."""
     done = subprocess.run(
-        [bench, str(threads), "2", "1"], capture_output=True, text=True, check=True
+        [bench, str(threads), "1", "1"], capture_output=True, text=True, check=True
     )
     found = re.search(r"read bandwidth ([\d.]+) GB/s, peak ([\d.]+) GMAC/s", done.stdout)
     return float(found[1]), float(found[2])
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def layer_shapes(config: dict) -> list[tuple[int, int]]:
@@ -76,7 +83,7 @@ def main() -> None:
     parser.add_argument("--drafter", required=True)
     parser.add_argument("--bench", required=True, help="the binary bench_cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 6, 8, 16, 60])
     parser.add_argument("--steps", type=int, default=24, help="decoding steps per round")
     args = parser.parse_args()
@@ -94,55 +101,57 @@ def main() -> None:
         for nodes in args.nodes
     }
     torch_run = torch_products(config, args.threads)
-    best: dict[int | str, float] = {}
+    plain = generators[args.nodes[0]]
 
-    def keep(key: int | str, seconds: float) -> None:
-        best[key] = min(best.get(key, float("inf")), seconds)
-
-    bandwidth = peak = 0.0
-    for number in range(args.rounds):
-        measured = read_bandwidth(args.bench, args.threads)
-        bandwidth, peak = max(bandwidth, measured[0]), max(peak, measured[1])
-        for nodes, generator in generators.items():
-            for method in ("plain", "eagle2"):
-                result = generator.generate(
-                    prompt[:100], max_new_tokens=args.steps + 1, method=method, ignore_eos=True
-                )
-                timings, steps = result.timings, len(result.accept_lengths)
-                if method == "plain":
-                    keep("step", timings.decode_s / steps)
-                    keep(1, timings.verify_s / steps)
-                else:
-                    keep(nodes, timings.verify_s / steps)
-        fresh = np.concatenate([[number + 5], prompt[1:]])  # nothing to reuse
-        result = generator.generate(fresh, max_new_tokens=1, method="plain")
-        keep("prefill", result.timings.prefill_s)
-        if torch_run is not None:
-            keep("torch", torch_run())
-
-    engine = generator._engine
-    floor = engine.step_bytes / bandwidth / 1e9
-    products = sum(o * i for o, i in layer_shapes(config)) * config["num_hidden_layers"]
-    print(f"{args.model}: {engine.device_description}")
-    print(f"read bandwidth {bandwidth:.1f} GB/s, fp32 peak {peak:.1f} GMAC/s")
-    print(
-        f"plain decoding {best['step'] * 1e3:.2f} ms a token, floor {floor * 1e3:.2f} ms"
-        f" ({engine.step_bytes / 1e6:.0f} MB): {floor / best['step']:.2f} of the floor"
-    )
-    for nodes in args.nodes:
-        bound = max(floor, nodes * engine.step_bytes / 2 / peak / 1e9)
-        print(
-            f"verification of {nodes:3d} nodes {best[nodes] * 1e3:7.2f} ms:"
-            f" {best[nodes] / best[1]:5.2f} x one token (this machine's bound {bound / floor:.2f})"
+    def step(generator: frspec.Generator, method: str) -> tuple[float, float]:
+        """Seconds of a whole round, and of its verification alone."""
+        result = generator.generate(
+            prompt[:100], max_new_tokens=args.steps + 1, method=method, ignore_eos=True
         )
-    rate = products * PREFILL / best["prefill"] / 1e9
-    print(
-        f"prefill of {PREFILL} tokens {best['prefill'] * 1e3:.0f} ms: {rate:.1f} GMAC/s,"
-        f" {rate / peak:.2f} of the fp32 peak"
-    )
-    if torch_run is not None:
-        torch_rate = products / config["num_hidden_layers"] * PREFILL / best["torch"] / 1e9
-        print(f"torch bf16 products {torch_rate:.1f} GMAC/s: prefill is {rate / torch_rate:.2f} x")
+        steps = len(result.accept_lengths)
+        return result.timings.decode_s / steps, result.timings.verify_s / steps
+
+    floors: list[float] = []
+    step_times: list[float] = []
+    verifications: dict[int, list[float]] = {nodes: [] for nodes in args.nodes}
+    rates: list[float] = []
+    rates_over_torch: list[float] = []
+    peaks: list[float] = []
+    bandwidths: list[float] = []
+    products = sum(o * i for o, i in layer_shapes(config)) * config["num_hidden_layers"] * PREFILL
+    for number in range(args.rounds):
+        before = read_bandwidth(args.bench, args.threads)
+        seconds, _ = step(plain, "plain")
+        after = read_bandwidth(args.bench, args.threads)
+        bandwidths.append((before[0] + after[0]) / 2)
+        peaks += [before[1], after[1]]
+        step_times.append(seconds)
+        floors.append(plain._engine.step_bytes / bandwidths[-1] / 1e9 / seconds)
+
+        alone = step(plain, "plain")[1]
+        for nodes, generator in generators.items():
+            _, verify = step(generator, "eagle2")
+            again = step(plain, "plain")[1]
+            verifications[nodes].append(2 * verify / (alone + again))
+            alone = again
+
+        torch_before = torch_run() if torch_run else 0.0
+        fresh = np.concatenate([[number + 5], prompt[1:]])  # nothing to reuse
+        prefill = plain.generate(fresh, max_new_tokens=1, method="plain").timings.prefill_s
+        rates.append(products / prefill / 1e9)
+        if torch_run:
+            torch_seconds = (torch_before + torch_run()) / 2 * config["num_hidden_layers"]
+            rates_over_torch.append(torch_seconds / prefill)
+
+    print(f"{args.model}: {plain._engine.device_description}, {args.rounds} rounds")
+    print(f"read bandwidth {spread(bandwidths)} GB/s, peak {spread(peaks)} GMAC/s")
+    print(f"plain decoding {spread([t * 1e3 for t in step_times])} ms a token")
+    print(f"  share of the floor {spread(floors)}")
+    for nodes, ratios in verifications.items():
+        print(f"verification of {nodes:3d} nodes over one token {spread(ratios)}")
+    print(f"prefill of {PREFILL} tokens {spread(rates)} GMAC/s")
+    if rates_over_torch:
+        print(f"  over torch's bf16 products {spread(rates_over_torch)}")
 
 
 if __name__ == "__main__":

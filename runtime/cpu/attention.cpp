@@ -1,6 +1,7 @@
 // Cuts attention into tasks: tiles of rows times key/value heads, and for few rows also splits of
 // the logical positions. The result is the same bits for every cut (attention_kernel.h).
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "check.h"
@@ -25,6 +26,16 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   const int64_t heads = query_heads / kv.heads;
   FRSPEC_CHECK(heads <= kAttentionQueries, Error, "attention: ", heads,
                " query heads share a key/value head, at most ", kAttentionQueries, " may");
+  FRSPEC_CHECK(kv.slots % kKvBlock == 0, Error, "attention: expected slots in blocks of ", kKvBlock,
+               ", found ", kv.slots);
+  for (int64_t r = 0; r < rows && visible.ancestor_words > 0; ++r) {
+    int64_t ancestors = 0;
+    for (int64_t word = 0; word < visible.ancestor_words; ++word) {
+      ancestors += std::popcount(visible.ancestors[r * visible.ancestor_words + word]);
+    }
+    FRSPEC_CHECK(ancestors <= kMaxAncestors, Error, "attention: row ", r, " has ", ancestors,
+                 " ancestors, at most ", kMaxAncestors, " may be");
+  }
   if (rows == 0) return;
 
   // Large tiles share the work on keys and values; small ones keep all threads busy.

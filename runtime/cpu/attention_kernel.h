@@ -1,13 +1,14 @@
 // Attention of a tile of rows over one key/value head:
 //   out[D] = sum_t p[t] values[t] / sum_t p[t],  p[t] = exp(q . keys[t] / sqrt(D) - max)
-// in blocks of kAttentionBlock logical positions, merged in ascending order into splits, and the
-// splits in ascending order into the result. Within a block a score is summed over D ascending, and
-// an output over positions ascending, each in one accumulator; so a result depends on the row's
-// query and the keys and values at its logical positions, and neither on their slots nor on which
-// rows share the tile.
+// in blocks of kKvBlock logical positions, merged in ascending order into splits, and the splits in
+// ascending order into the result. Within a block a score is summed over D ascending, and an output
+// over positions ascending, each in one accumulator; so a result depends on the row's query and the
+// keys and values at its logical positions, and neither on their slots nor on which rows share the
+// tile.
 //
-// The keys of a block are transposed first: then both products are the tile of multiply_tile.h with
-// outputs in the lanes.
+// The cache keeps the keys of kKvBlock slots transposed [D, kKvBlock], so that both products have
+// their outputs in the lanes. What all rows of the tile see in the same slots is multiplied for all
+// of them at once; each row's own positions follow.
 #pragma once
 
 #include "cpu/math_kernel.h"
@@ -68,10 +69,13 @@ inline void product(const float* x, int64_t x_stride, int64_t rows, const float*
                     int64_t out_stride) {
   using Tile =
       void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, float*, int64_t);
-  static constexpr Tile kTiles[] = {nullptr,         product_tile<1>, product_tile<2>,
-                                    product_tile<3>, product_tile<4>, product_tile<5>,
-                                    product_tile<6>};
-  constexpr int64_t kRows = Simd::kTileRows < 6 ? Simd::kTileRows : 6;
+  constexpr int64_t kRows = Simd::kTileRows;
+#define FRSPEC_TILE(m) product_tile<m <= Simd::kTileRows ? m : 1>
+  static constexpr Tile kTiles[] = {
+      nullptr,         FRSPEC_TILE(1),  FRSPEC_TILE(2), FRSPEC_TILE(3), FRSPEC_TILE(4),
+      FRSPEC_TILE(5),  FRSPEC_TILE(6),  FRSPEC_TILE(7), FRSPEC_TILE(8), FRSPEC_TILE(9),
+      FRSPEC_TILE(10), FRSPEC_TILE(11), FRSPEC_TILE(12)};
+#undef FRSPEC_TILE
   const int64_t tiles = (rows + kRows - 1) / kRows;
   for (int64_t j = 0; j < columns; j += 2 * Simd::kLanes) {
     int64_t row = 0;
@@ -121,38 +125,25 @@ inline void write_out(float* out, const float* values, float sum, int64_t head_d
   for (int64_t d = 0; d < head_dim; ++d) out[d] = values[d] * inverse;
 }
 
-struct BlockRange {
-  int64_t base;   // first logical position
-  int64_t count;  // positions
-};
-
 class AttentionTile {
  public:
   explicit AttentionTile(const AttentionTask& task) : task_(task), s_(*task.scratch) {}
 
   void run() {
-    const int64_t queries = task_.rows * task_.heads;
-    const Simd::F scale = Simd::set(task_.scale);
-    least_prefix_ = task_.prefix_length[0];
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      if (task_.prefix_length[r] < least_prefix_) least_prefix_ = task_.prefix_length[r];
-      for (int64_t i = 0; i < task_.heads * task_.head_dim; i += Simd::kLanes) {
-        const int64_t count = task_.heads * task_.head_dim - i;
-        const Simd::F q = Simd::load_partial(task_.q + r * task_.q_stride + i, count);
-        Simd::store_partial(s_.q + r * task_.heads * task_.head_dim + i, Simd::mul(q, scale),
-                            count);
-      }
-    }
+    queries_ = task_.rows * task_.heads;
+    scale_queries();
+    least_prefix_ = most_prefix_ = task_.prefix_length[0];
     longest_ = 0;
     for (int64_t r = 0; r < task_.rows; ++r) {
-      int64_t length = task_.prefix_length[r];
-      for (int64_t word = 0; word < task_.ancestor_words; ++word) {
-        length += __builtin_popcountll(task_.ancestors[r * task_.ancestor_words + word]);
-      }
-      visible_[r] = length;
-      if (length > longest_) longest_ = length;
+      const int64_t prefix = task_.prefix_length[r];
+      if (prefix < least_prefix_) least_prefix_ = prefix;
+      if (prefix > most_prefix_) most_prefix_ = prefix;
+      visible_[r] = prefix + list_ancestors(r);
+      if (visible_[r] > longest_) longest_ = visible_[r];
     }
-    for (int64_t i = 0; i < queries; ++i) s_.total_sum[i] = 0.0f;
+    if (task_.ancestor_words > 0) score_ancestors();
+
+    for (int64_t i = 0; i < queries_; ++i) s_.total_sum[i] = 0.0f;
     for (int64_t split = task_.first_split; split < task_.end_split; ++split) {
       if (split * kAttentionSplit >= longest_ && task_.partial == nullptr) break;
       run_split(split);
@@ -168,19 +159,69 @@ class AttentionTile {
   }
 
  private:
-  void run_split(int64_t split) {
-    const int64_t queries = task_.rows * task_.heads;
-    for (int64_t i = 0; i < queries; ++i) s_.split_sum[i] = 0.0f;
-    const int64_t end = (split + 1) * kAttentionSplit;
-    for (int64_t base = split * kAttentionSplit; base < end && base < longest_;
-         base += kAttentionBlock) {
-      if (base + kAttentionBlock <= least_prefix_) {
-        whole_block(base);
-      } else if (task_.ancestor_words == 0) {
-        prefix_block(base);
-      } else {
-        tree_block(base);
+  void scale_queries() {
+    const Simd::F scale = Simd::set(task_.scale);
+    const int64_t width = task_.heads * task_.head_dim;
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      for (int64_t i = 0; i < width; i += Simd::kLanes) {
+        const Simd::F q = Simd::load_partial(task_.q + r * task_.q_stride + i, width - i);
+        Simd::store_partial(s_.q + r * width + i, Simd::mul(q, scale), width - i);
       }
+    }
+  }
+
+  // The slots of row r's ancestors, root first; returns how many there are.
+  int64_t list_ancestors(int64_t r) {
+    int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
+    int64_t count = 0;
+    for (int64_t word = 0; word < task_.ancestor_words; ++word) {
+      uint64_t bits = task_.ancestors[r * task_.ancestor_words + word];
+      for (; bits != 0; bits &= bits - 1) {
+        slots[count++] = static_cast<int32_t>(task_.tree_base + word * 64 + __builtin_ctzll(bits));
+      }
+    }
+    return count;
+  }
+
+  int64_t ancestor_count(int64_t r) const { return visible_[r] - task_.prefix_length[r]; }
+
+  // Scores of every row's ancestors: all slots of the tile's ancestors are scored for all queries,
+  // block by block of the cache, and each row takes its own.
+  void score_ancestors() {
+    int64_t first = INT64_MAX;
+    int64_t end = 0;
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const int64_t count = ancestor_count(r);
+      if (count == 0) continue;
+      const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
+      if (slots[0] < first) first = slots[0];
+      if (slots[count - 1] >= end) end = slots[count - 1] + 1;
+    }
+    while (first < end) {
+      const int64_t base = first / kKvBlock * kKvBlock;
+      const int64_t block_end = end < base + kKvBlock ? end : base + kKvBlock;
+      const int64_t column = (first - base) / kScoreWidth * kScoreWidth;
+      scores(base, column, block_end - base);
+      for (int64_t r = 0; r < task_.rows; ++r) {
+        const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
+        for (int64_t i = 0; i < ancestor_count(r); ++i) {
+          if (slots[i] < first || slots[i] >= block_end) continue;
+          for (int64_t h = 0; h < task_.heads; ++h) {
+            const int64_t query = r * task_.heads + h;
+            s_.ancestor_scores[query * kMaxAncestors + i] =
+                s_.scores[query * kKvBlock + slots[i] - base];
+          }
+        }
+      }
+      first = block_end;
+    }
+  }
+
+  void run_split(int64_t split) {
+    for (int64_t i = 0; i < queries_; ++i) s_.split_sum[i] = 0.0f;
+    const int64_t end = (split + 1) * kAttentionSplit;
+    for (int64_t base = split * kAttentionSplit; base < end && base < longest_; base += kKvBlock) {
+      run_block(base);
     }
     for (int64_t r = 0; r < task_.rows; ++r) {
       for (int64_t h = 0; h < task_.heads; ++h) {
@@ -199,96 +240,54 @@ class AttentionTile {
     }
   }
 
-  // Every row sees all positions of the block, and they are in slots of the same numbers.
-  void whole_block(int64_t base) {
-    load_keys(base, kAttentionBlock);
-    const int64_t queries = task_.rows * task_.heads;
-    scores(0, queries, kAttentionBlock);
-    for (int64_t i = 0; i < queries; ++i) softmax(i, kAttentionBlock);
-    weigh(0, queries, task_.values + base * task_.head_dim, kAttentionBlock);
-  }
-
-  // Rows end at different positions of the block, all of them in slots of the same numbers.
-  void prefix_block(int64_t base) {
-    const int64_t most = clamp(longest_ - base);
-    load_keys(base, most);
-    scores(0, task_.rows * task_.heads, most);
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      const int64_t count = clamp(visible_[r] - base);
-      if (count == 0) continue;
-      for (int64_t h = 0; h < task_.heads; ++h) softmax(r * task_.heads + h, count);
-      weigh(r * task_.heads, task_.heads, task_.values + base * task_.head_dim, count);
-    }
-  }
-
-  // What all rows share is prepared once, then each row's own positions behind it.
-  void tree_block(int64_t base) {
+  void run_block(int64_t base) {
+    scores(base, 0, clamp(most_prefix_ - base));
     const int64_t head_dim = task_.head_dim;
-    const int64_t shared = clamp(least_prefix_ - base);
-    load_keys(base, shared);
-    copy(s_.values, task_.values + base * head_dim, shared * head_dim);
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
       if (count == 0) continue;
-      for (int64_t j = shared; j < count && base + j < task_.prefix_length[r]; ++j) {
-        place(j, base + j);
-      }
-      int64_t position = task_.prefix_length[r];  // logical position of the next ancestor
-      for (int64_t word = 0; word < task_.ancestor_words; ++word) {
-        uint64_t bits = task_.ancestors[r * task_.ancestor_words + word];
-        for (; bits != 0; bits &= bits - 1, ++position) {
-          const int64_t j = position - base;
-          if (j < 0 || j >= count) continue;
-          place(j, task_.tree_base + word * 64 + __builtin_ctzll(bits));
+      const int64_t prefix = task_.prefix_length[r];
+      for (int64_t h = 0; h < task_.heads; ++h) {
+        const int64_t query = r * task_.heads + h;
+        for (int64_t j = clamp(prefix - base); j < count; ++j) {
+          s_.scores[query * kKvBlock + j] =
+              s_.ancestor_scores[query * kMaxAncestors + base + j - prefix];
         }
+        softmax(query, count);
       }
-      const int64_t first = r * task_.heads;
-      scores(first, task_.heads, count);
-      for (int64_t h = 0; h < task_.heads; ++h) softmax(first + h, count);
-      weigh(first, task_.heads, s_.values, count);
+    }
+    // The values that all rows see, and then each row's own.
+    const int64_t shared = clamp(least_prefix_ - base);
+    product(s_.scores, kKvBlock, queries_, task_.values + base * head_dim, head_dim, shared,
+            head_dim, s_.block, head_dim);
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const int64_t count = clamp(visible_[r] - base);
+      if (count == 0) continue;
+      if (count > shared) weigh_own(r, base, shared, count);
+      for (int64_t h = 0; h < task_.heads; ++h) {
+        const int64_t i = r * task_.heads + h;
+        merge({s_.split_max + i, s_.split_sum + i, s_.split + i * head_dim}, s_.block_max[i],
+              s_.block_sum[i], s_.block + i * head_dim, head_dim);
+      }
     }
   }
 
   static int64_t clamp(int64_t count) {
     if (count < 0) return 0;
-    return count < kAttentionBlock ? count : kAttentionBlock;
+    return count < kKvBlock ? count : kKvBlock;
   }
 
-  static void copy(float* to, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  }
-
-  // Transposes the keys of slots base ... base + count - 1 to columns 0 ... count - 1.
-  void load_keys(int64_t base, int64_t count) {
-    for (int64_t j = 0; j < count; j += 8) {
-      const float* rows[8];
-      for (int64_t i = 0; i < 8; ++i) {  // behind the end: the last row again
-        const int64_t slot = base + (j + i < count ? j + i : count - 1);
-        rows[i] = task_.keys + slot * task_.head_dim;
-      }
-      for (int64_t d = 0; d < task_.head_dim; d += 8) {
-        Simd::transpose8(rows, d, s_.keys + d * kAttentionBlock + j, kAttentionBlock);
-      }
-    }
-  }
-
-  // Makes slot the j-th position of the block.
-  void place(int64_t j, int64_t slot) {
-    const float* key = task_.keys + slot * task_.head_dim;
-    for (int64_t d = 0; d < task_.head_dim; ++d) s_.keys[d * kAttentionBlock + j] = key[d];
-    copy(s_.values + j * task_.head_dim, task_.values + slot * task_.head_dim, task_.head_dim);
-  }
-
-  void scores(int64_t first, int64_t queries, int64_t count) {
-    const int64_t width = 2 * Simd::kLanes;
-    product(s_.q + first * task_.head_dim, task_.head_dim, queries, s_.keys, kAttentionBlock,
-            task_.head_dim, (count + width - 1) / width * width,
-            s_.scores + first * kAttentionBlock, kAttentionBlock);
+  // Scores of all queries with the cache's block at slot `base`, columns first ... end - 1 and some
+  // behind them; first is a multiple of kScoreWidth.
+  void scores(int64_t base, int64_t first, int64_t end) {
+    const int64_t columns = (end - first + kScoreWidth - 1) / kScoreWidth * kScoreWidth;
+    product(s_.q, task_.head_dim, queries_, task_.keys + base * task_.head_dim + first, kKvBlock,
+            task_.head_dim, columns, s_.scores + first, kKvBlock);
   }
 
   // Scores to weights exp(score - max), with their sum: lanes by position.
   void softmax(int64_t query, int64_t count) {
-    float* score = s_.scores + query * kAttentionBlock;
+    float* score = s_.scores + query * kKvBlock;
     const float max = maximum(score, count);
     exponentials(score, score, count, max, 1.0f);
     Simd::F sum = Simd::zero();
@@ -299,21 +298,39 @@ class AttentionTile {
     s_.block_sum[query] = Simd::sum(sum);
   }
 
-  // The weighted values of the block, merged into the split.
-  void weigh(int64_t first, int64_t queries, const float* values, int64_t count) {
+  // Adds the weighted values of positions first ... end - 1 of the block to row r's sums.
+  void weigh_own(int64_t r, int64_t base, int64_t first, int64_t end) {
     const int64_t head_dim = task_.head_dim;
-    product(s_.scores + first * kAttentionBlock, kAttentionBlock, queries, values, head_dim, count,
-            head_dim, s_.block + first * head_dim, head_dim);
-    for (int64_t i = first; i < first + queries; ++i) {
-      merge({s_.split_max + i, s_.split_sum + i, s_.split + i * head_dim}, s_.block_max[i],
-            s_.block_sum[i], s_.block + i * head_dim, head_dim);
+    const int64_t prefix = task_.prefix_length[r];
+    const float* rows[kKvBlock];
+    for (int64_t j = first; j < end; ++j) {
+      const int64_t position = base + j;
+      const int64_t slot =
+          position < prefix ? position : s_.ancestor_slots[r * kMaxAncestors + position - prefix];
+      rows[j] = task_.values + slot * head_dim;
+    }
+    for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
+      const float* weights = s_.scores + query * kKvBlock;
+      for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
+        const int64_t lanes = head_dim - d;
+        float* sums = s_.block + query * head_dim + d;
+        Simd::F sum = Simd::load_partial(sums, lanes);
+        for (int64_t j = first; j < end; ++j) {
+          sum = Simd::fma(Simd::set(weights[j]), Simd::load_partial(rows[j] + d, lanes), sum);
+        }
+        Simd::store_partial(sums, sum, lanes);
+      }
     }
   }
 
+  static constexpr int64_t kScoreWidth = 2 * Simd::kLanes;
+
   const AttentionTask& task_;
   AttentionScratch& s_;
+  int64_t queries_;
   int64_t visible_[kAttentionQueries];
   int64_t least_prefix_;
+  int64_t most_prefix_;
   int64_t longest_;
 };
 

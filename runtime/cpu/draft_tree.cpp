@@ -23,16 +23,20 @@ void CpuBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int
                            const int32_t* path, const int32_t* path_length) {
   for (int64_t l = 0; l < layer_count; ++l) {
     const KvLayer& layer = layers[l];
-    const size_t row_bytes = static_cast<size_t>(layer.head_dim) * dtype_size(layer.dtype);
+    const int64_t head_dim = layer.head_dim;
     for (int64_t head = 0; head < layer.heads; ++head) {
-      for (void* memory : {layer.keys, layer.values}) {
-        char* rows = static_cast<char*>(memory) +
-                     static_cast<size_t>(head * layer.slots + *base) * row_bytes;
-        for (int32_t j = 0; j < *path_length; ++j) {
-          if (path[j] == j) continue;
-          std::memcpy(rows + static_cast<size_t>(j) * row_bytes,
-                      rows + static_cast<size_t>(path[j]) * row_bytes, row_bytes);
-        }
+      float* keys = static_cast<float*>(layer.keys) + head * layer.slots * head_dim;
+      float* values = static_cast<float*>(layer.values) + head * layer.slots * head_dim;
+      const auto key = [&](int64_t slot) {  // its column; elements are kKvBlock apart
+        return keys + slot / kKvBlock * kKvBlock * head_dim + slot % kKvBlock;
+      };
+      for (int32_t j = 0; j < *path_length; ++j) {
+        if (path[j] == j) continue;
+        const float* from = key(*base + path[j]);
+        float* to = key(*base + j);
+        for (int64_t d = 0; d < head_dim; ++d) to[d * kKvBlock] = from[d * kKvBlock];
+        std::memcpy(values + (*base + j) * head_dim, values + (*base + path[j]) * head_dim,
+                    static_cast<size_t>(head_dim) * sizeof(float));
       }
     }
   }

@@ -57,19 +57,21 @@ struct FinishSwigluTask {
   const float* up_bias;
 };
 
-// Attention works on blocks of logical positions, and on splits of several blocks; both begin at
-// fixed logical positions, so that where a token sits in the sum does not depend on anything else.
-constexpr int64_t kAttentionBlock = 128;
+// Attention works on blocks of logical positions (as many as the cache keeps in a block), and on
+// splits of several blocks; both begin at fixed logical positions, so that where a token sits in
+// the sum does not depend on anything else.
+constexpr int64_t kKvBlock = 128;
 constexpr int64_t kAttentionSplit = 512;
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxAncestors = 256;     // of a row
 constexpr int64_t kAttentionQueries = 64;  // query heads of all rows of a task
 
 // Scratch of one thread.
 struct AttentionScratch {
-  float q[kAttentionQueries * kMaxHeadDim];     // scaled queries [queries, D]
-  float keys[kMaxHeadDim * kAttentionBlock];    // transposed [D, block]
-  float values[kAttentionBlock * kMaxHeadDim];  // rows that are scattered in the cache
-  float scores[kAttentionQueries * kAttentionBlock];
+  float q[kAttentionQueries * kMaxHeadDim];  // scaled queries [queries, D]
+  float scores[kAttentionQueries * kKvBlock];
+  float ancestor_scores[kAttentionQueries * kMaxAncestors];
+  int32_t ancestor_slots[kAttentionQueries * kMaxAncestors];  // by row
   float block[kAttentionQueries * kMaxHeadDim];  // softmax-weighted values of one block
   float split[kAttentionQueries * kMaxHeadDim];  // of one split
   float total[kAttentionQueries * kMaxHeadDim];  // of all
@@ -84,8 +86,8 @@ struct AttentionTask {
   int64_t out_stride;
   const float* q;
   int64_t q_stride;
-  const float* keys;  // of the key/value head: [slots, D]
-  const float* values;
+  const float* keys;             // of the key/value head: [slots / kKvBlock, D, kKvBlock]
+  const float* values;           // [slots, D]
   const int32_t* prefix_length;  // [rows]
   const uint64_t* ancestors;     // [rows, ancestor_words]
   int64_t ancestor_words;
@@ -111,7 +113,7 @@ struct Kernels {
   int64_t task_panels;     // panels of one multiply of many rows
 
   void (*multiply[3])(const MultiplyTask& task);
-  // Activations as `multiply` wants them: prepared [depth rounded up to 2] 32-bit units.
+  // Activations as `multiply` wants them: `depth` bf16, padded to a multiple of 16 with zeros.
   void (*prepare_row)(void* prepared, const float* x, int64_t depth);
   void (*finish)(const FinishTask& task);
   void (*finish_swiglu)(const FinishSwigluTask& task);

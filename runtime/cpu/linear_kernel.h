@@ -6,20 +6,22 @@
 
 namespace frspec::cpu::FRSPEC_ISA {
 
-// k per block when several row tiles pass over a panel: the panel's block (16 KB at most) and a
-// tile's x stay in the L1 cache meanwhile.
-constexpr int64_t kDepthBlock = 256;
+// Bytes of a panel that several row tiles pass over before the next bytes: they stay in the L2
+// cache meanwhile, and so does the block that is being fetched.
+constexpr int64_t kBlockBytes = 64 << 10;
 // Up to this size of x the panels are the outer loop, so that each is read from memory in one go;
 // beyond it the blocks of k are, so that x is read from the L2 cache for all panels of the task.
 constexpr int64_t kResidentBytes = 192 << 10;
-// How far ahead of itself a single tile asks for its weights: the hardware's prefetchers alone
-// leave arithmetic and memory taking turns (4 rows then cost 1.45x one row, with it 1.05x).
-constexpr int64_t kPrefetchBytes = 4096;
+// A single tile asks for its weights this far ahead, once it has enough rows that arithmetic takes
+// about as long as memory: the hardware's prefetchers alone leave the two taking turns. With fewer
+// rows they are best left alone (docs/cpu.md has the measurement).
+constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchRows = 3;  // times kGroup
 
 template <typename Weights, int M>
 void multiply_rows(const char* weights, int64_t panel_bytes, const float* x, int64_t x_stride,
-                   int64_t depth, float* out, bool accumulate, TilePrefetch prefetch) {
-  multiply_tile<Weights, M, 1>(weights, panel_bytes, x, x_stride, depth, out, 0, accumulate,
+                   int64_t groups, float* out, bool accumulate, TilePrefetch prefetch) {
+  multiply_tile<Weights, M, 1>(weights, panel_bytes, x, x_stride, groups, out, 0, accumulate,
                                prefetch);
 }
 
@@ -28,20 +30,19 @@ using MultiplyRows = void (*)(const char*, int64_t, const float*, int64_t, int64
                               TilePrefetch);
 
 template <typename Weights, int N, int M>
-FRSPEC_INLINE void multiply_few(const MultiplyTask& task) {
+FRSPEC_INLINE void multiply_few(const MultiplyTask& task, int64_t groups) {
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
   const char* weights = static_cast<const char*>(task.weights);
   const float* x = static_cast<const float*>(task.x);
   int64_t p = 0;
   for (; p + N <= task.panels; p += N) {
     multiply_tile<Weights, M, N>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
-                                 task.depth, task.accumulators + p * M * kOutputs, M * kOutputs,
-                                 false, {weights, 0});
+                                 groups, task.accumulators + p * M * kOutputs, M * kOutputs, false,
+                                 {});
   }
   for (; p < task.panels; ++p) {
     multiply_tile<Weights, M, 1>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
-                                 task.depth, task.accumulators + p * M * kOutputs, 0, false,
-                                 {weights, 0});
+                                 groups, task.accumulators + p * M * kOutputs, 0, false, {});
   }
 }
 
@@ -49,8 +50,9 @@ template <typename Weights>
 void multiply(const MultiplyTask& task) {
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
   static_assert(Simd::kTileRows == 4 || Simd::kTileRows == 6 || Simd::kTileRows == 12);
-  if (task.rows == 1) return multiply_few<Weights, Simd::kTilePanels, 1>(task);
-  if (task.rows == 2) return multiply_few<Weights, Simd::kTilePanels / 2, 2>(task);
+  const int64_t all_groups = (task.depth + Weights::kGroup - 1) / Weights::kGroup;
+  if (task.rows == 1) return multiply_few<Weights, Simd::kTilePanels, 1>(task, all_groups);
+  if (task.rows == 2) return multiply_few<Weights, Simd::kTilePanels / 2, 2>(task, all_groups);
 
   static constexpr MultiplyRows<Weights> kTiles[] = {
       nullptr,
@@ -73,31 +75,34 @@ void multiply(const MultiplyTask& task) {
   const int64_t tiles = tile_count(task.rows);
   const int64_t small = task.rows / tiles;
   const int64_t large_tiles = task.rows % tiles;
-  const int64_t depth_block = tiles == 1 ? task.depth : kDepthBlock;
-  const int64_t blocks = (task.depth + depth_block - 1) / depth_block;
-  const bool panels_outer = task.rows * task.depth * 4 <= kResidentBytes || blocks == 1;
+  const int64_t block_groups = tiles == 1 ? all_groups : kBlockBytes / Weights::kGroupBytes;
+  const int64_t blocks = (all_groups + block_groups - 1) / block_groups;
+  const bool panels_outer = task.rows * all_groups * 4 <= kResidentBytes || blocks == 1;
   // A single tile runs ahead in its own stream; of several, each brings its share of the next
   // block.
-  const int64_t prefetch_step = (4 * Weights::kRowBytes + tiles - 1) / tiles;
+  constexpr int64_t kLines = (kUnroll * Weights::kGroupBytes + 63) / 64;
+  const bool prefetches = task.rows >= kPrefetchRows * Weights::kGroup;
+  const int64_t prefetch_bytes = prefetches ? (kLines + tiles - 1) / tiles * 64 : 0;
 
   const char* weights = static_cast<const char*>(task.weights);
   const float* x = static_cast<const float*>(task.x);
   for (int64_t i = 0; i < task.panels * blocks; ++i) {
     const int64_t p = panels_outer ? i / blocks : i % task.panels;
-    const int64_t first_k = (panels_outer ? i % blocks : i / task.panels) * depth_block;
-    const int64_t left = task.depth - first_k;
-    const int64_t depth = left < depth_block ? left : depth_block;
-    const char* block = weights + p * task.panel_bytes + first_k * Weights::kRowBytes;
-    const char* next = tiles == 1                             ? block + kPrefetchBytes
-                       : panels_outer || p + 1 == task.panels ? block + depth * Weights::kRowBytes
-                                                              : block + task.panel_bytes;
+    const int64_t first = (panels_outer ? i % blocks : i / task.panels) * block_groups;
+    const int64_t left = all_groups - first;
+    const int64_t groups = left < block_groups ? left : block_groups;
+    const char* block = weights + p * task.panel_bytes + first * Weights::kGroupBytes;
+    const char* next = tiles == 1 ? block + kPrefetchBytes
+                       : panels_outer || p + 1 == task.panels
+                           ? block + groups * Weights::kGroupBytes
+                           : block + task.panel_bytes;
     int64_t row = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t m = small + (t < large_tiles ? 1 : 0);
-      const int64_t share = depth / 4 * prefetch_step;
-      kTiles[m](block, task.panel_bytes, x + row * task.x_stride + first_k, task.x_stride, depth,
-                task.accumulators + (p * task.rows + row) * kOutputs, first_k > 0,
-                {next + t * share, prefetch_step});
+      const int64_t share = groups / kUnroll * prefetch_bytes;
+      kTiles[m](block, task.panel_bytes, x + row * task.x_stride + first, task.x_stride, groups,
+                task.accumulators + (p * task.rows + row) * kOutputs, first > 0,
+                {next + t * share, prefetch_bytes});
       row += m;
     }
   }

@@ -9,25 +9,24 @@
 
 namespace frspec::cpu::FRSPEC_ISA {
 
-// Weights of the linear panels: two vectors of outputs for each group of kGroup values of k.
+// Weights of the linear panels: two vectors of outputs for each group of kGroup values of k. Of x a
+// group is 32 bits, spread over all lanes.
 struct PlainWeights {
-  using X = Simd::F;
   static constexpr int kGroup = 1;
-  static FRSPEC_INLINE X spread(const float* x) { return Simd::set(*x); }
-  static FRSPEC_INLINE Simd::F multiply_add(X x, Simd::F weights, Simd::F sum) {
+  static FRSPEC_INLINE Simd::F multiply_add(Simd::F x, Simd::F weights, Simd::F sum) {
     return Simd::fma(x, weights, sum);
   }
 };
 
 struct BF16Weights : PlainWeights {
-  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 2;  // per k
+  static constexpr int64_t kGroupBytes = 2 * Simd::kLanes * 2;
   static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
     Simd::load_bf16(p, a, b);
   }
 };
 
 struct F16Weights : PlainWeights {
-  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 2;
+  static constexpr int64_t kGroupBytes = 2 * Simd::kLanes * 2;
   static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
     a = Simd::load_f16(p);
     b = Simd::load_f16(p + Simd::kLanes * 2);
@@ -35,22 +34,25 @@ struct F16Weights : PlainWeights {
 };
 
 struct F32Weights : PlainWeights {
-  static constexpr int64_t kRowBytes = 2 * Simd::kLanes * 4;
+  static constexpr int64_t kGroupBytes = 2 * Simd::kLanes * 4;
   static FRSPEC_INLINE void load(const char* p, Simd::F& a, Simd::F& b) {
     a = Simd::load(reinterpret_cast<const float*>(p));
     b = Simd::load(reinterpret_cast<const float*>(p) + Simd::kLanes);
   }
 };
 
+// Memory that a tile asks for while it works: `bytes` from `next` on for every kUnroll groups.
 struct TilePrefetch {
-  const char* next;  // what the following tile block will read
-  int64_t step;      // bytes per four k; 0: no prefetch
+  const char* next = nullptr;
+  int64_t bytes = 0;  // 0: none
 };
 
-// out[p][r] (+)= x[r] . panel p, for M rows and N panels, `depth` values of k.
+constexpr int kUnroll = 4;
+
+// out[p][r] (+)= x[r] . panel p, for M rows and N panels, over `groups` groups of k.
 template <typename Weights, int M, int N>
 FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const float* x,
-                                 int64_t x_stride, int64_t depth, float* out,
+                                 int64_t x_stride, int64_t groups, float* out,
                                  int64_t out_panel_stride, bool accumulate, TilePrefetch prefetch) {
   using F = Simd::F;
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
@@ -65,10 +67,10 @@ FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const
     }
   }
   const auto step = [&](const char* w, const float* xk) __attribute__((always_inline)) {
-    typename Weights::X spread[M];
+    F spread[M];
     if constexpr (N > 1) {
 #pragma GCC unroll 16
-      for (int r = 0; r < M; ++r) spread[r] = Weights::spread(xk + r * x_stride);
+      for (int r = 0; r < M; ++r) spread[r] = Simd::set(xk[r * x_stride]);
     }
 #pragma GCC unroll 16
     for (int p = 0; p < N; ++p) {
@@ -76,28 +78,25 @@ FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const
       Weights::load(w + p * panel_bytes, a, b);
 #pragma GCC unroll 16
       for (int r = 0; r < M; ++r) {
-        const auto value = N > 1 ? spread[r] : Weights::spread(xk + r * x_stride);
+        const F value = N > 1 ? spread[r] : Simd::set(xk[r * x_stride]);
         sum[p][r][0] = Weights::multiply_add(value, a, sum[p][r][0]);
         sum[p][r][1] = Weights::multiply_add(value, b, sum[p][r][1]);
       }
     }
   };
-  int64_t k = 0;
-  for (; k + 4 <= depth; k += 4) {
-    if (prefetch.step != 0) {
-      Simd::prefetch(prefetch.next);
-      if (prefetch.step > 64) Simd::prefetch(prefetch.next + 64);
-      prefetch.next += prefetch.step;
-    }
+  int64_t group = 0;
+  for (; group + kUnroll <= groups; group += kUnroll) {
+    for (int64_t at = 0; at < prefetch.bytes; at += 64) Simd::prefetch(prefetch.next + at);
+    prefetch.next += prefetch.bytes;
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; u += Weights::kGroup) step(weights + u * Weights::kRowBytes, x + u);
-    weights += 4 * Weights::kRowBytes;
-    x += 4;
+    for (int u = 0; u < kUnroll; ++u) step(weights + u * Weights::kGroupBytes, x + u);
+    weights += kUnroll * Weights::kGroupBytes;
+    x += kUnroll;
   }
-  for (; k < depth; k += Weights::kGroup) {
+  for (; group < groups; ++group) {
     step(weights, x);
-    weights += Weights::kGroup * Weights::kRowBytes;
-    x += Weights::kGroup;
+    weights += Weights::kGroupBytes;
+    ++x;
   }
 #pragma GCC unroll 16
   for (int p = 0; p < N; ++p) {

@@ -16,6 +16,8 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
                " heads of ", head_dim, ", the rope table ", rope.cols, " columns");
   const int64_t half = head_dim / 2;
   const int64_t head_stride = kv.slots * head_dim;
+  FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
+               ", at most ", kMaxHeadDim, " is possible");
   const int64_t grain = std::max<int64_t>(1, 16384 / qkv.cols);
   pool_.parallel_for(qkv.rows, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
@@ -27,10 +29,13 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
       }
       const float* k = q + query_heads * head_dim;
       const float* v = k + kv.heads * head_dim;
-      float* keys = static_cast<float*>(kv.keys) + slots[r] * head_dim;
+      const int64_t column = slots[r] % kKvBlock;
+      float* keys = static_cast<float*>(kv.keys) + (slots[r] - column) * head_dim + column;
       float* values = static_cast<float*>(kv.values) + slots[r] * head_dim;
       for (int64_t h = 0; h < kv.heads; ++h) {
-        kernels_.rotate(keys + h * head_stride, k + h * head_dim, cosines, sines, half);
+        float rotated[kMaxHeadDim];
+        kernels_.rotate(rotated, k + h * head_dim, cosines, sines, half);
+        for (int64_t d = 0; d < head_dim; ++d) keys[h * head_stride + d * kKvBlock] = rotated[d];
         std::memcpy(values + h * head_stride, v + h * head_dim,
                     static_cast<size_t>(head_dim) * sizeof(float));
       }

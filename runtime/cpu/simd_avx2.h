@@ -72,38 +72,7 @@ struct Simd {
     return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   }
 
-  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column, float* destination,
-                                       int64_t destination_stride) {
-    // Rows 0-3 and 4-7 share a vector from the start, so that only in-lane shuffles remain.
-    __m256 low[4];   // columns 0-3 of rows r and r + 4
-    __m256 high[4];  // columns 4-7
-    for (int r = 0; r < 4; ++r) {
-      const float* upper = rows[r] + column;
-      const float* lower = rows[r + 4] + column;
-      low[r] =
-          _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper)), _mm_loadu_ps(lower), 1);
-      high[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(upper + 4)),
-                                     _mm_loadu_ps(lower + 4), 1);
-    }
-    transpose4(low, destination, destination_stride);
-    transpose4(high, destination + 4 * destination_stride, destination_stride);
-  }
-
-  static FRSPEC_INLINE void prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-  }
-
- private:
-  static FRSPEC_INLINE void transpose4(const __m256* v, float* destination, int64_t stride) {
-    const __m256 a = _mm256_unpacklo_ps(v[0], v[1]);
-    const __m256 b = _mm256_unpackhi_ps(v[0], v[1]);
-    const __m256 c = _mm256_unpacklo_ps(v[2], v[3]);
-    const __m256 d = _mm256_unpackhi_ps(v[2], v[3]);
-    store(destination, _mm256_shuffle_ps(a, c, _MM_SHUFFLE(1, 0, 1, 0)));
-    store(destination + stride, _mm256_shuffle_ps(a, c, _MM_SHUFFLE(3, 2, 3, 2)));
-    store(destination + 2 * stride, _mm256_shuffle_ps(b, d, _MM_SHUFFLE(1, 0, 1, 0)));
-    store(destination + 3 * stride, _mm256_shuffle_ps(b, d, _MM_SHUFFLE(3, 2, 3, 2)));
-  }
+  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 }  // namespace frspec::cpu::FRSPEC_ISA

@@ -79,29 +79,7 @@ struct Simd {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
 
-  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column, float* destination,
-                                       int64_t destination_stride) {
-    // Rows 0-3 and 4-7 share a vector from the start, so that only in-lane shuffles remain.
-    for (int half = 0; half < 2; ++half) {
-      __m256 v[4];
-      for (int r = 0; r < 4; ++r) {
-        v[r] =
-            _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[r] + column + 4 * half)),
-                                 _mm_loadu_ps(rows[r + 4] + column + 4 * half), 1);
-      }
-      const __m256 a = _mm256_unpacklo_ps(v[0], v[1]);
-      const __m256 b = _mm256_unpackhi_ps(v[0], v[1]);
-      const __m256 c = _mm256_unpacklo_ps(v[2], v[3]);
-      const __m256 d = _mm256_unpackhi_ps(v[2], v[3]);
-      float* to = destination + 4 * half * destination_stride;
-      _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
-      _mm256_storeu_ps(to + destination_stride, _mm256_shuffle_ps(a, c, 0xee));
-      _mm256_storeu_ps(to + 2 * destination_stride, _mm256_shuffle_ps(b, d, 0x44));
-      _mm256_storeu_ps(to + 3 * destination_stride, _mm256_shuffle_ps(b, d, 0xee));
-    }
-  }
-
-  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 }  // namespace frspec::cpu::FRSPEC_ISA

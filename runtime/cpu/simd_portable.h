@@ -85,15 +85,7 @@ struct Simd {
     return reinterpret_cast<F>(reinterpret_cast<U>(scaled) | special | ((half & 0x8000u) << 16));
   }
 
-  // destination[c destination_stride + r] = rows[r][c] for 8 rows and 8 columns.
-  static FRSPEC_INLINE void transpose8(const float* const* rows, int64_t column, float* destination,
-                                       int64_t destination_stride) {
-    for (int c = 0; c < 8; ++c) {
-      for (int r = 0; r < 8; ++r) destination[c * destination_stride + r] = rows[r][column + c];
-    }
-  }
-
-  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+  static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 };
 
 }  // namespace frspec::cpu::FRSPEC_ISA

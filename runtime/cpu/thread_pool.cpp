@@ -125,7 +125,7 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
 void ThreadPool::work(int thread) {
   uint64_t state = state_.load(std::memory_order_acquire);
   const uint64_t region = state >> 32;
-  const int64_t parts = 3 * threads();
+  const int64_t parts = std::max(1, 3 * threads() / 2);
   for (;;) {
     const int64_t count = job_count_.load(std::memory_order_acquire);
     const int64_t grain = job_grain_.load(std::memory_order_acquire);

@@ -12,6 +12,7 @@ constexpr int64_t kSplitRows = 8;
 // Rows of topk_logprobs that are in flight at once.
 constexpr int64_t kTopkRows = 64;
 
-constexpr int64_t prepared_stride(int64_t depth) { return (depth + 15) / 16 * 16; }
+// 32-bit units between rows of activations that were rounded to bf16.
+constexpr int64_t prepared_stride(int64_t depth) { return (depth + 15) / 16 * 8; }
 
 }  // namespace frspec::cpu

@@ -46,7 +46,18 @@ inline simde__m512 emulated_cvtph_ps(simde__m256i v) {
   return simde_mm512_loadu_ps(lanes);
 }
 
+inline simde__m256bh emulated_cvtneps_pbh(simde__m512 v) {
+  float lanes[16];
+  uint16_t rounded[16];
+  simde_mm512_storeu_ps(lanes, v);
+  frspec::cpu::convert(rounded, frspec::DType::kBF16, lanes, frspec::DType::kF32, 16);
+  simde__m256bh result;
+  std::memcpy(&result, rounded, sizeof(result));
+  return result;
+}
+
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtph_ps emulated_cvtph_ps
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh

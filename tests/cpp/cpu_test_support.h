@@ -2,6 +2,7 @@
 // also emulated), backends with a workspace, and random data.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -99,6 +100,56 @@ class Matrix {
 inline bool equal_bits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(float)) == 0;
 }
+
+// Keys and values of random tokens, and the same as the CPU backend keeps them: the keys of
+// kKvBlock slots transposed.
+class TestKv {
+ public:
+  TestKv(int64_t heads, int64_t slots, int64_t head_dim, Random& random)
+      : heads_(heads),
+        slots_((slots + kKvBlock - 1) / kKvBlock * kKvBlock),
+        head_dim_(head_dim),
+        keys_(heads * slots_, head_dim, random, 0.7f),
+        values_(heads * slots_, head_dim, random),
+        packed_(static_cast<size_t>(heads * slots_ * head_dim)) {}
+  float* key(int64_t head, int64_t slot) { return keys_.row(head * slots_ + slot); }
+  float* value(int64_t head, int64_t slot) { return values_.row(head * slots_ + slot); }
+  int64_t heads() const { return heads_; }
+  int64_t slots() const { return slots_; }
+  void copy_slot(int64_t from, int64_t to) {
+    for (int64_t h = 0; h < heads_; ++h) {
+      std::copy_n(key(h, from), head_dim_, key(h, to));
+      std::copy_n(value(h, from), head_dim_, value(h, to));
+    }
+  }
+  KvLayer pack() {
+    for_each_key([](float& key, float& packed) { packed = key; });
+    return layer();
+  }
+  // What an op has written to the layer.
+  void unpack() {
+    for_each_key([](float& key, float& packed) { key = packed; });
+  }
+
+ private:
+  KvLayer layer() {
+    return {packed_.data(), values_.row(0), DType::kF32, heads_, slots_, head_dim_};
+  }
+  template <typename Body>
+  void for_each_key(const Body& body) {
+    for (int64_t h = 0; h < heads_; ++h) {
+      for (int64_t slot = 0; slot < slots_; ++slot) {
+        const int64_t column = slot % kKvBlock;
+        float* packed = packed_.data() + (h * slots_ + slot - column) * head_dim_ + column;
+        for (int64_t d = 0; d < head_dim_; ++d) body(key(h, slot)[d], packed[d * kKvBlock]);
+      }
+    }
+  }
+
+  int64_t heads_, slots_, head_dim_;
+  Matrix keys_, values_;
+  std::vector<float> packed_;
+};
 
 // A packed weight, with the values that it holds (rounded to its type) in fp32.
 class TestWeight {

@@ -28,23 +28,6 @@ WorkspaceLimits limits_for(const Shape& shape, int64_t rows, int64_t visible) {
   return limits;
 }
 
-struct Cache {
-  Cache(const Shape& shape, int64_t slots, Random& random)
-      : keys(shape.heads * slots, shape.head_dim, random, 0.7f),
-        values(shape.heads * slots, shape.head_dim, random),
-        layer{keys.row(0), values.row(0), DType::kF32, shape.heads, slots, shape.head_dim} {}
-  float* key(int64_t head, int64_t slot) { return keys.row(head * layer.slots + slot); }
-  float* value(int64_t head, int64_t slot) { return values.row(head * layer.slots + slot); }
-  void copy_slot(int64_t from, int64_t to) {
-    for (int64_t h = 0; h < layer.heads; ++h) {
-      std::copy_n(key(h, from), layer.head_dim, key(h, to));
-      std::copy_n(value(h, from), layer.head_dim, value(h, to));
-    }
-  }
-  Matrix keys, values;
-  KvLayer layer;
-};
-
 // Which slots a row sees, in order, and the arrays that say so.
 struct View {
   std::vector<int32_t> prefix;
@@ -72,7 +55,7 @@ struct View {
   }
 };
 
-double worst_error(const Matrix& out, const Matrix& q, Cache& cache, const View& view,
+double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View& view,
                    const Shape& shape) {
   double worst = 0;
   for (int64_t r = 0; r < q.rows(); ++r) {
@@ -127,12 +110,12 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
         for (const int32_t before : {0, 1, 90, 126, 128, 511, 1300}) {
           if (n > 3 && before > 511) continue;
           Random random(static_cast<uint32_t>(n + before));
-          Cache cache(shape, before + n + 2, random);
+          TestKv cache(shape.heads, before + n + 2, shape.head_dim, random);
           Matrix q(n, shape.query_heads * shape.head_dim, random, 2.0f, 4);
           View view;
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols(), 1);
-          backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
           CAPTURE(n);
           CAPTURE(before);
           CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
@@ -150,14 +133,14 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
       for (const int64_t nodes : {1, 59, 63, 64, 65, 100}) {
         for (const int32_t base : {0, 120, 250}) {
           Random random(static_cast<uint32_t>(nodes * 7 + base));
-          Cache cache(shape, base + nodes, random);
+          TestKv cache(shape.heads, base + nodes, shape.head_dim, random);
           Matrix q(nodes, shape.query_heads * shape.head_dim, random, 2.0f);
           View view;
           view.words = (nodes + 63) / 64;
           view.tree_base = base;
           for (const auto& path : random_paths(nodes, random)) view.add(base, path);
           Matrix out(nodes, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
           CAPTURE(nodes);
           CAPTURE(base);
           CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
@@ -174,7 +157,7 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
       constexpr int32_t kBase = 1270;
       constexpr int64_t kNodes = 70;
       Random random(17);
-      Cache cache(shape, kBase + kNodes, random);
+      TestKv cache(shape.heads, kBase + kNodes, shape.head_dim, random);
       Matrix q(kNodes, shape.query_heads * shape.head_dim, random, 2.0f);
       const auto paths = random_paths(kNodes, random);
       Matrix alone(kNodes, q.cols());
@@ -187,7 +170,7 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
             view.tree_base = kBase;
             for (int64_t r = 0; r < n; ++r) view.add(kBase, paths[static_cast<size_t>(first + r)]);
             Matrix out(n, q.cols());
-            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.layer,
+            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(),
                                view.visible());
             bool same = true;
             for (int64_t r = 0; r < n; ++r) {
@@ -214,7 +197,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
       for (const int32_t base : {0, 30, 122, 125, 508, 1021}) {
         Random random(static_cast<uint32_t>(base));
         constexpr int64_t kNodes = 66;
-        Cache cache(shape, base + kNodes, random);
+        TestKv cache(shape.heads, base + kNodes, shape.head_dim, random);
         Matrix q(kNodes, shape.query_heads * shape.head_dim, random, 2.0f);
         const auto paths = random_paths(kNodes, random);
         View view;
@@ -222,15 +205,13 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
         view.tree_base = base;
         for (const auto& path : paths) view.add(base, path);
         Matrix in_tree(kNodes, q.cols());
-        backend->attention(in_tree.tensor(), q.tensor(), cache.layer, view.visible());
+        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(), view.visible());
 
         const size_t node = kNodes - 1;
         const std::vector<int32_t>& path = paths[node];
         // All of the path committed; then all but the node itself, as the root of a new tree.
         for (const size_t committed : {path.size(), path.size() - 1}) {
-          Cache moved = cache;
-          moved.layer.keys = moved.keys.row(0);
-          moved.layer.values = moved.values.row(0);
+          TestKv moved = cache;
           for (size_t j = 0; j < path.size(); ++j) {
             moved.copy_slot(base + path[j], base + static_cast<int32_t>(j));
           }
@@ -244,7 +225,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
           }
           Matrix out(1, q.cols());
           backend->attention(out.tensor(), q.tensor().row_slice(static_cast<int64_t>(node), 1),
-                             moved.layer, flat.visible());
+                             moved.pack(), flat.visible());
           CAPTURE(base);
           CAPTURE(committed);
           CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
@@ -259,7 +240,7 @@ TEST_CASE("NaN behind a row's prefix does not reach the row") {
   for (const Kernels* kernels : all_kernels()) {
     TestBackend backend(*kernels, 1, limits_for(shape, 4, 200));
     Random random(2);
-    Cache cache(shape, 140, random);
+    TestKv cache(shape.heads, 140, shape.head_dim, random);
     for (int64_t h = 0; h < 2; ++h) {
       for (int64_t d = 0; d < 16; ++d) cache.key(h, 133)[d] = cache.value(h, 133)[d] = NAN;
     }
@@ -267,7 +248,7 @@ TEST_CASE("NaN behind a row's prefix does not reach the row") {
     View view;
     for (int32_t r = 0; r < 3; ++r) view.add(132 + r, {});  // the last row sees slot 133
     Matrix out(3, 64);
-    backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible());
+    backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
     for (int64_t i = 0; i < 64; ++i) {
       CHECK(std::isfinite(out.row(0)[i]));
       CHECK(std::isfinite(out.row(1)[i]));
@@ -280,12 +261,13 @@ TEST_CASE("attention refuses head dimensions that it cannot do") {
   const Shape shape{2, 2, 12};
   TestBackend backend(*kernels_portable(), 1, limits_for(shape, 2, 10));
   Random random(1);
-  Cache cache(shape, 4, random);
+  TestKv cache(shape.heads, 4, shape.head_dim, random);
   Matrix q(1, 24);
   Matrix out(1, 24);
   View view;
   view.add(1, {});
-  CHECK_THROWS_AS(backend->attention(out.tensor(), q.tensor(), cache.layer, view.visible()), Error);
+  CHECK_THROWS_AS(backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible()),
+                  Error);
 }
 
 }  // namespace frspec::cpu

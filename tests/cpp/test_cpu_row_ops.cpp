@@ -52,7 +52,7 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
       constexpr int64_t kQueryHeads = 6;
       constexpr int64_t kHeads = 2;
       constexpr int64_t kRows = 21;
-      constexpr int64_t kSlots = 40;
+      constexpr int32_t kSlots = 140;
       TestBackend backend(*kernels, 2, {});
       Random random(static_cast<uint32_t>(head_dim));
       Matrix qkv(kRows, (kQueryHeads + 2 * kHeads) * head_dim, random, 1.0f, 3);
@@ -65,16 +65,16 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
           rope.row(p)[head_dim / 2 + i] = static_cast<float>(std::sin(angle));
         }
       }
-      Matrix keys(kHeads * kSlots, head_dim);
-      Matrix values(kHeads * kSlots, head_dim);
-      const KvLayer kv{keys.row(0), values.row(0), DType::kF32, kHeads, kSlots, head_dim};
+      TestKv kv(kHeads, kSlots, head_dim, random);
       std::vector<int32_t> positions;
       std::vector<int32_t> slots;
       for (int32_t r = 0; r < kRows; ++r) {
         positions.push_back(49 - 2 * r);
-        slots.push_back((r * 3 + 5) % static_cast<int32_t>(kSlots));
+        slots.push_back((r * 17 + 5) % kSlots);
       }
-      backend->rope_and_append(qkv.tensor(), kv, rope.tensor(), positions.data(), slots.data());
+      backend->rope_and_append(qkv.tensor(), kv.pack(), rope.tensor(), positions.data(),
+                               slots.data());
+      kv.unpack();
       double worst = 0;
       const int64_t half = head_dim / 2;
       for (int64_t r = 0; r < kRows; ++r) {
@@ -82,8 +82,8 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
         const float* turn = rope.row(positions[index]);
         for (int64_t h = 0; h < kQueryHeads + kHeads; ++h) {
           const float* from = before.row(r) + h * head_dim;
-          const float* got = h < kQueryHeads ? qkv.row(r) + h * head_dim
-                                             : keys.row((h - kQueryHeads) * kSlots + slots[index]);
+          const float* got =
+              h < kQueryHeads ? qkv.row(r) + h * head_dim : kv.key(h - kQueryHeads, slots[index]);
           for (int64_t i = 0; i < half; ++i) {
             const double c = turn[i];
             const double s = turn[half + i];
@@ -92,7 +92,7 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
           }
         }
         for (int64_t h = 0; h < kHeads; ++h) {
-          CHECK(equal_bits(values.row(h * kSlots + slots[index]),
+          CHECK(equal_bits(kv.value(h, slots[index]),
                            before.row(r) + (kQueryHeads + kHeads + h) * head_dim, head_dim));
         }
       }
@@ -113,29 +113,30 @@ TEST_CASE("gather_rows copies the named rows") {
 
 TEST_CASE("commit_kv moves the accepted path to the front, in every layer and head") {
   constexpr int64_t kHeads = 3;
-  constexpr int64_t kSlots = 30;
+  constexpr int32_t kSlots = 256;
   constexpr int64_t kHeadDim = 8;
   TestBackend backend(*kernels_portable(), 1, {});
   Random random(1);
-  std::vector<Matrix> memory;
-  for (int i = 0; i < 4; ++i) memory.emplace_back(kHeads * kSlots, kHeadDim, random);
-  const std::vector<Matrix> before = memory;
-  const KvLayer layers[] = {
-      {memory[0].row(0), memory[1].row(0), DType::kF32, kHeads, kSlots, kHeadDim},
-      {memory[2].row(0), memory[3].row(0), DType::kF32, kHeads, kSlots, kHeadDim}};
-  const int32_t base = 7;
+  const int32_t base = 121;  // the path crosses a block of the cache
   const int32_t path[] = {0, 2, 3, 9};
   const int32_t length = 4;
+  std::vector<TestKv> caches(2, TestKv(kHeads, kSlots, kHeadDim, random));
+  caches[1] = TestKv(kHeads, kSlots, kHeadDim, random);
+  std::vector<TestKv> before = caches;
+  const KvLayer layers[] = {caches[0].pack(), caches[1].pack()};
   backend->commit_kv(layers, 2, &base, path, &length);
-  for (size_t m = 0; m < 4; ++m) {
+  for (size_t l = 0; l < 2; ++l) {
+    caches[l].unpack();
+    bool same = true;
     for (int64_t h = 0; h < kHeads; ++h) {
       for (int32_t slot = 0; slot < kSlots; ++slot) {
         const int32_t j = slot - base;
         const int32_t from = j >= 0 && j < length ? base + path[j] : slot;
-        CHECK(equal_bits(memory[m].row(h * kSlots + slot), before[m].row(h * kSlots + from),
-                         kHeadDim));
+        same = same && equal_bits(caches[l].key(h, slot), before[l].key(h, from), kHeadDim);
+        same = same && equal_bits(caches[l].value(h, slot), before[l].value(h, from), kHeadDim);
       }
     }
+    CHECK(same);
   }
 }
 

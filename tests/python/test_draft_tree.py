@@ -130,7 +130,9 @@ def test_prompt_kept_from_the_last_request(tiny_models, new_tiny_generator, step
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_sixteen_bit_weights(tiny_models, new_tiny_generator, step_rounds, dtype):
+def test_sixteen_bit_weights(tiny_models, new_tiny_generator, step_rounds, instruction_set, dtype):
+    """On fp32 activations: where they are rounded to bf16, too many candidates are near-ties."""
+    instruction_set("portable")
     model = tiny.FAMILIES["llama3"].with_(dtype=dtype)
     drafter, tree = tiny.TinyDrafter(dtype=dtype), (4, 4, 24)
     _, reference = tiny_models.drafter(model, drafter)

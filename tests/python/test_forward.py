@@ -1,11 +1,13 @@
 """The forward pass of every family and dtype against the double-precision reference.
 
-Tolerances are relative errors of whole rows of logits, |found - expected| / |expected|. The
-weights are the same numbers on both sides, so what remains is the runtime's own rounding: of
-fp32 sums, and with bf16 weights of activations that some instruction sets split into two bf16.
+The weights are the same numbers on both sides, so what remains is the runtime's own rounding: of
+fp32 sums, and of the activations that enter a product with bf16 weights where the instruction set
+multiplies bf16 by bf16.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,10 +16,19 @@ from reference import tiny
 from reference.llama import Llama, relative_margin
 from reference.storage import decode, encode
 
-TOLERANCE = {"float32": 5e-6, "float16": 5e-6, "bfloat16": 3e-5}
-# Two best logits this far apart (in rms of the row) cannot change places within the tolerance:
-# no two logits are off by more than some ten times the error of an average one.
-MARGIN = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCE.items()}
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What may be expected of a row of logits."""
+
+    error: float  # |found - expected| / |expected|, of the whole row
+    margin: float  # two best logits this far apart (in rms of the row) do not change places
+
+
+def accuracy(generator, dtype: str) -> Accuracy:
+    if dtype == "bfloat16" and "avx512_bf16" in generator._engine.device_description:
+        return Accuracy(error=0.02, margin=0.12)
+    return Accuracy(error=5e-6, margin=5e-5)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -46,7 +57,8 @@ def test_greedy_text_and_logits(tiny_models, new_tiny_generator, step_rounds, na
     model = tiny.FAMILIES[name].with_(dtype=dtype)
     _, target = tiny_models.target(model)
     generator = new_tiny_generator(model)
-    for prompt, text in clear_prompts(target, [1, 2, 17, 65], 6, MARGIN[dtype]):
+    allowed = accuracy(generator, dtype)
+    for prompt, text in clear_prompts(target, [1, 2, 17, 65], 6, allowed.margin):
         result = generator.generate(prompt, max_new_tokens=6, temperature=0.0)
         assert result.token_ids == text
         assert result.finish_reason == "length"
@@ -57,7 +69,7 @@ def test_greedy_text_and_logits(tiny_models, new_tiny_generator, step_rounds, na
         for each in rounds:
             expected = logits[len(each.before) - 1]
             assert each.logits.shape == (1, model.vocab)
-            assert relative_error(each.logits[0], expected) < TOLERANCE[dtype]
+            assert relative_error(each.logits[0], expected) < allowed.error
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,7 @@ def test_prompts_of_every_length(tiny_models, new_tiny_generator, step_rounds, l
     expected, _ = target.forward(prompt + text)
     for each in rounds:
         row = expected[len(each.before) - 1]
-        assert relative_error(each.logits[0], row) < TOLERANCE["float32"]
+        assert relative_error(each.logits[0], row) < accuracy(generator, "float32").error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -83,18 +95,19 @@ def test_longer_greedy_text(tiny_models, new_tiny_generator, dtype):
     model = tiny.FAMILIES["smollm2"].with_(dtype=dtype)
     _, target = tiny_models.target(model)
     generator = new_tiny_generator(model)
-    different = 0
+    margin = accuracy(generator, dtype).margin
+    different = near_ties = 0
     for seed in range(4):
         prompt = np.random.default_rng([9, seed]).integers(0, model.vocab, 12).tolist()
         text = generator.generate(prompt, max_new_tokens=48, temperature=0.0).token_ids
         assert len(text) == 48
         logits = target.forward(prompt + text)[0][len(prompt) - 1 : -1]
         for row, token in zip(logits, text, strict=True):
+            near_ties += relative_margin(row) < margin
             if row.argmax() != token:
                 different += 1
-                assert relative_margin(row) < MARGIN[dtype]
-                assert row.max() - row[token] <= relative_margin(row) * np.sqrt((row**2).mean())
-    assert different <= 4
+                assert row.max() - row[token] < margin * np.sqrt((row**2).mean())
+    assert different <= max(1, near_ties) and near_ties < 48
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -108,11 +121,12 @@ def test_instruction_sets(
     _, target = tiny_models.target(model)
     generator = new_tiny_generator(model)
     assert isa in generator._engine.device_description
+    error = accuracy(generator, dtype).error
     for length in (1, 5, 70):
         prompt = np.random.default_rng(length).integers(0, model.vocab, length).tolist()
         for each in step_rounds(generator, prompt, max_new_tokens=5):
             expected = target.forward(each.before)[0][-1]
-            assert relative_error(each.logits[0], expected) < TOLERANCE[dtype]
+            assert relative_error(each.logits[0], expected) < error
 
 
 @pytest.mark.parametrize(
@@ -131,9 +145,10 @@ def test_dtype_option_rounds_the_weights(
         for name, values in target.weights.items()
     }
     prompt = [5, 300, 17, 8]
-    (first,) = step_rounds(new_tiny_generator(model, dtype=kept), prompt, max_new_tokens=1)
+    generator = new_tiny_generator(model, dtype=kept)
+    (first,) = step_rounds(generator, prompt, max_new_tokens=1)
     expected = Llama(target.config, rounded).forward(prompt)[0][-1]
-    assert relative_error(first.logits[0], expected) < TOLERANCE[kept]
+    assert relative_error(first.logits[0], expected) < accuracy(generator, kept).error
 
 
 def test_tree_rows_against_the_reference(tiny_models, new_tiny_generator, step_rounds):
@@ -149,6 +164,6 @@ def test_tree_rows_against_the_reference(tiny_models, new_tiny_generator, step_r
             paths.append([] if parent < 0 else [*paths[parent], token])
         for path, row in zip(paths, each.logits, strict=True):
             expected = target.forward(each.before + path)[0][-1]
-            assert relative_error(row, expected) < TOLERANCE["float32"]
+            assert relative_error(row, expected) < accuracy(generator, "float32").error
             checked += 1
     assert checked > 100

@@ -17,17 +17,20 @@ torch = pytest.importorskip("torch", reason="torch is not installed (optional re
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SPEC_BENCH = Path(__file__).resolve().parents[3] / "shared" / "data" / "spec_bench.jsonl"
-# Two tokens whose reference logits are closer than this are a near-tie: summation order decides.
-NEAR_TIE = 2e-3
+# Two tokens whose reference logits are closer than this are a near-tie, by instruction set: with
+# fp32 activations the order of summation decides, with activations rounded to bf16 the rounding.
+NEAR_TIE = {"avx2": 2e-3, "avx512": 2e-3, "avx512_bf16": 0.1}
 
 
+@pytest.mark.parametrize("isa", NEAR_TIE)
 @pytest.mark.parametrize("variable", ["FRSPEC_SMOLLM2_DIR", "FRSPEC_QWEN_DIR"])
-def test_greedy_tokens_equal_transformers(variable):
+def test_greedy_tokens_equal_transformers(instruction_set, variable, isa):
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} names no model folder")
     if not SPEC_BENCH.exists():
         pytest.skip("the Spec-Bench questions are not beside the repository")
+    instruction_set(isa)
     lines = SPEC_BENCH.read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["turns"][0] for line in lines[:: len(lines) // 8]]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -43,7 +46,7 @@ def test_greedy_tokens_equal_transformers(variable):
         best = logits.argmax(axis=1)
         margins = logits.max(axis=1) - logits[np.arange(len(ours)), ours]
         for step in np.flatnonzero(best != np.array(ours)):
-            assert margins[step] < NEAR_TIE, (
+            assert margins[step] < NEAR_TIE[isa], (
                 f"{question[:40]!r} step {step}: frspec wrote {ours[step]}, transformers"
                 f" {best[step]}, whose logit is {margins[step]} higher"
             )
