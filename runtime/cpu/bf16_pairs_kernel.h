@@ -16,7 +16,17 @@ struct BF16PairWeights {
     b = Simd::load(reinterpret_cast<const float*>(p) + Simd::kLanes);
   }
   static FRSPEC_INLINE Simd::F multiply_add(Simd::F x, Simd::F weights, Simd::F sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)weights);
+    return _mm512_dpbf16_ps(sum, pairs(x), pairs(weights));
+  }
+
+ private:
+  static FRSPEC_INLINE __m512bh pairs(Simd::F v) {
+#if defined(__clang__) && __clang_major__ == 16
+    asm("" : "+v"(v));  // Clang 16 crashes where it sees that bf16 pairs come from a broadcast
+#endif
+    __m512bh result;
+    __builtin_memcpy(&result, &v, sizeof(result));
+    return result;
   }
 };
 

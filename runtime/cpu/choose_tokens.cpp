@@ -12,8 +12,6 @@
 namespace frspec::cpu {
 namespace {
 
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
 // Gumbel noise -log(-log1p(-v)) <= -log(v), and v > 2^-(leading zeros + 1); with room for rounding.
 constexpr float kLn2 = 0.6932f;
 constexpr float kMostNoise = 23.0f;  // > 33 ln 2

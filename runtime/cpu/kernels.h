@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace frspec::cpu {
 
@@ -138,6 +139,9 @@ struct Kernels {
   // out = exp((x - shift) scale).
   void (*exponentials)(float* out, const float* x, int64_t count, float shift, float scale);
 };
+
+// The tables that this CPU can run, best first.
+std::vector<const Kernels*> supported_kernels();
 
 // The table for this machine: the best that the CPU can run, or the one that the environment
 // variable FRSPEC_CPU_ISA names (portable, avx2, avx512, avx512_bf16). DeviceError if that is

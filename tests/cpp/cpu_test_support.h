@@ -22,18 +22,7 @@ const Kernels* kernels_avx512_bf16_emulated();
 #endif
 
 inline std::vector<const Kernels*> all_kernels() {
-  std::vector<const Kernels*> all{kernels_portable()};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    all.push_back(kernels_avx2());
-  }
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    all.push_back(kernels_avx512());
-    if (__builtin_cpu_supports("avx512bf16")) all.push_back(kernels_avx512_bf16());
-  }
-#endif
+  std::vector<const Kernels*> all = supported_kernels();
 #ifdef FRSPEC_TEST_EMULATED_AVX512
   all.push_back(kernels_avx512_emulated());
   all.push_back(kernels_avx512_bf16_emulated());

@@ -225,7 +225,9 @@ void check_tree(Backend& backend, const Growth& g, int32_t nodes, Random& random
 TEST_CASE("growing, building and walking a tree equal brute force") {
   const auto backend = make_cpu_backend(1);
   Random random(8);
-  for (const auto& [depth, topk] : {std::pair{1, 1}, {1, 8}, {4, 1}, {3, 4}, {6, 10}, {5, 16}}) {
+  for (const auto& shape : {std::pair{1, 1}, {1, 8}, {4, 1}, {3, 4}, {6, 10}, {5, 16}}) {
+    const int depth = shape.first;
+    const int topk = shape.second;
     for (int round = 0; round < 6; ++round) {
       CAPTURE(depth);
       CAPTURE(topk);
