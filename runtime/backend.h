@@ -9,9 +9,13 @@
 // Arguments: outputs first. Every pointer and Tensor points into backend memory (the arena that
 // `allocate` gave), unless its comment says host. Activations have `activation_dtype()`.
 //
-// Row invariance (contract 1): for `linear*`, `attention`, `rms_norm`, `rope_and_append`, `embed`
-// and `choose_tokens`, a row of the output depends on that row's inputs alone, bit for bit: not on
-// n, not on the row's index, not on the thread count.
+// Ops may run later than their call returns, in the order of the calls; download() and
+// synchronize() wait for them.
+//
+// Row invariance (contract 1): for `linear*` of Rows::kTarget, `attention` with ancestors,
+// `rms_norm`, `rope_and_append`, `embed` and `choose_tokens`, a row of the output depends on that
+// row's inputs alone, bit for bit: not on n, not on the row's index, not on the thread count or the
+// launch grid.
 #pragma once
 
 #include <cstddef>
@@ -36,6 +40,17 @@ struct LinearWeight {
   int64_t in_features = 0;
   const float* bias = nullptr;  // [out_features] fp32, or null
 };
+
+// What the rows of a product are, which says how exactly they have to be summed.
+enum class Rows : uint8_t {
+  kTarget,  // tokens that the target decodes or verifies: rows are invariant
+  kPrompt,  // a chunk of a prompt: bits may depend on the chunk (prompt_chunk())
+  kDraft,   // the drafter's: their bits decide nothing
+};
+
+// Buffers that rows of Rows::kPrompt are in have room for as many rows as this divides: a backend
+// may compute rows behind the last one.
+constexpr int64_t kPromptRowMultiple = 128;
 
 // The slots of a KV cache are a multiple of this, so that a backend may keep them in blocks.
 constexpr int64_t kKvSlotMultiple = 128;
@@ -64,6 +79,13 @@ struct Visible {
   int64_t max_length = 0;  // host: upper bound of the visible slots of any row
 };
 
+// Which work run() is given: the same key, the same ops with the same arguments.
+struct WorkKey {
+  enum Kind : int32_t { kPlainRound, kDraftedRound, kObserve } kind;
+  int32_t rows;
+  int64_t length_bound;
+};
+
 struct DeviceInfo {
   std::string name;         // "cpu" or "cuda:0"
   std::string description;  // e.g. "AMD EPYC, AVX2, 2 threads"
@@ -90,8 +112,15 @@ class Backend {
   // ==== Memory and device
 
   virtual DeviceInfo info() const = 0;
-  virtual DType activation_dtype() const = 0;
+  virtual DType activation_dtype(DType weight_dtype) const = 0;
   virtual DType kv_dtype(DType weight_dtype) const = 0;
+
+  // 0: prompt rows are as invariant as all others. Else prompts are computed in chunks that begin
+  // at multiples of this, and a later prompt may keep whole chunks only: then keys and values are a
+  // function of the tokens before them, whatever was computed earlier.
+  virtual int64_t prompt_chunk() const = 0;
+  // An upper bound of `length` that takes few values: what is launched for it serves shorter ones.
+  virtual int64_t length_bound(int64_t length) const = 0;
 
   // Takes the backend's scratch memory from the arena. Called before any op, twice like all layout
   // code. ModelError when the backend has no kernel for such sizes.
@@ -101,6 +130,21 @@ class Backend {
   virtual void* allocate(size_t bytes) = 0;
   virtual void upload(void* destination, const void* host_source, size_t bytes) = 0;
   virtual void download(void* host_destination, const void* source, size_t bytes) = 0;
+
+  // ==== Repeated work
+
+  // Does `body`, which calls ops (and mark, post) only; a backend may record it at the first call
+  // with a key and replay the record later.
+  virtual void run(const WorkKey& key, const std::function<void()>& body) = 0;
+  // Copies up to kMailboxBytes to where the host reads them after the next synchronize().
+  virtual void post(const void* source, size_t bytes) = 0;
+  virtual const void* mailbox() const = 0;
+  virtual void synchronize() = 0;
+  // Time stamps 0 ... kMarks - 1 among the ops; seconds between two of them, after synchronize().
+  virtual void mark(int stamp) = 0;
+  virtual double seconds_between(int first, int second) const = 0;
+  static constexpr size_t kMailboxBytes = 1024;
+  static constexpr int kMarks = 4;
 
   // ==== Weights
 
@@ -123,11 +167,12 @@ class Backend {
   // out [n, d] = x / sqrt(mean(x^2) + eps) * weight [d].
   virtual void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps) = 0;
   // out [n, o] = x [n, i] . w [o, i]^T (+ bias) (+ residual [n, o] when not null; may alias out).
+  // out is fp32 or of the activations' type.
   virtual void linear(const Tensor& out, const Tensor& x, const LinearWeight& w,
-                      const Tensor* residual = nullptr) = 0;
+                      Rows rows = Rows::kTarget, const Tensor* residual = nullptr) = 0;
   // out [n, f] = silu(x . gate^T) * (x . up^T).
   virtual void linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
-                             const LinearWeight& up) = 0;
+                             const LinearWeight& up, Rows rows = Rows::kTarget) = 0;
   // qkv [n, (H + 2 K) D]: rotates the H query heads in place (halves apart, as Hugging Face lays
   // them out), appends rotated keys and plain values to `kv` at slots [n]. rope [positions, D]: cos
   // in the first D / 2 columns, sin in the rest, for every position; positions [n].
@@ -148,9 +193,11 @@ class Backend {
   virtual void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
                              const int32_t* column_tokens, int64_t k) = 0;
   // tokens [n]: the token that the target writes after each row of logits [n, V] (contract 2).
-  // positions [n]: logical position of each row.
-  virtual void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+  // sampling [1]; positions [n]: logical position of each row.
+  virtual void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
                              const int32_t* positions) = 0;
+  // The last n positions before *end: positions[i] = *end - n + i, prefix[i] = positions[i] + 1.
+  virtual void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) = 0;
   virtual void expand_beam(const DraftPool& pool, const DraftLevel& level) = 0;
   virtual void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) = 0;
   virtual void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) = 0;

@@ -1,9 +1,11 @@
 // The draft tree: growing a beam (EAGLE-2, arXiv 2406.16858, section 4.1), keeping the best nodes
 // (section 4.2), and walking the tree after verification.
 //
-// Written once as inline functions over plain pointers: the CPU backend calls them directly, a CUDA
-// backend calls them from one-block kernels. Candidates live in a pool, level by level; a node's
-// parent has a lower index than the node, in the pool and in the tree.
+// What is done for each candidate and each node is written once, as inline functions over plain
+// pointers that do not depend on the order in which they are called: the CPU backend calls them in
+// a loop, the CUDA backend from the threads of one block. How the best of many are found is the
+// backend's own. Candidates live in a pool, level by level; a node's parent has a lower index than
+// the node, in the pool and in the tree.
 #pragma once
 
 #include <cstdint>
@@ -69,10 +71,8 @@ struct DraftTree {
 };
 
 struct TreeRoot {
-  const int32_t* token = nullptr;  // [1] the newest token, not yet in the target's KV cache
-  const int32_t* base =
-      nullptr;  // [1] committed length of the target: the root's position and slot
-  int32_t pool_size = 0;
+  int32_t* token = nullptr;  // [1] the newest token, not yet in the target's KV cache
+  int32_t* base = nullptr;   // [1] committed length of the target: the root's position and slot
 };
 
 // The accepted path. emitted[j] is the target's token after node path[j]: the accepted draft tokens
@@ -81,6 +81,7 @@ struct TreeWalk {
   int32_t* length = nullptr;   // [1] nodes on the path, root included
   int32_t* path = nullptr;     // [depth + 1]
   int32_t* emitted = nullptr;  // [depth + 1]
+  TreeRoot root;               // becomes the next round's
 };
 
 // Whether candidate a is to be kept before candidate b: the higher score, then the earlier index. A
@@ -89,132 +90,100 @@ FRSPEC_HOST_DEVICE inline bool keeps_before(const float* scores, int32_t a, int3
   return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
 }
 
-// Moves element `at` of the heap down; the root of the heap is the candidate that would be dropped
-// first.
-FRSPEC_HOST_DEVICE inline void sift_down(const float* scores, int32_t* heap, int size, int at) {
-  for (;;) {
-    int last = at;
-    for (int child = 2 * at + 1; child <= 2 * at + 2 && child < size; ++child) {
-      if (keeps_before(scores, heap[last], heap[child])) last = child;
-    }
-    if (last == at) return;
-    const int32_t moved = heap[at];
-    heap[at] = heap[last];
-    heap[last] = moved;
-    at = last;
-  }
+// Where the candidates of a level begin in the pool.
+FRSPEC_HOST_DEVICE inline int32_t first_candidate(const DraftLevel& level) {
+  return level.level == 1 ? 0 : level.topk + (level.level - 2) * level.topk * level.topk;
 }
 
-// Writes to `kept` the indices first ... first + count - 1 that are the `keep` best, best first.
-FRSPEC_HOST_DEVICE inline void keep_best(const float* scores, int32_t first, int count, int keep,
-                                         int32_t* kept) {
-  if (keep <= 0) return;
-  for (int i = 0; i < keep; ++i) kept[i] = first + i;
-  for (int i = keep / 2 - 1; i >= 0; --i) sift_down(scores, kept, keep, i);
-  for (int32_t i = first + keep; i < first + count; ++i) {
-    if (!keeps_before(scores, i, kept[0])) continue;
-    kept[0] = i;
-    sift_down(scores, kept, keep, 0);
-  }
-  for (int size = keep - 1; size > 0; --size) {
-    const int32_t last = kept[0];
-    kept[0] = kept[size];
-    kept[size] = last;
-    sift_down(scores, kept, size, 0);
-  }
+// Candidate `index` of the level, below rows topk: the index % topk best of expanded row
+// index / topk.
+FRSPEC_HOST_DEVICE inline void add_candidate(const DraftPool& pool, const DraftLevel& level,
+                                             int index) {
+  const int32_t parent = level.level == 1 ? -1 : pool.beam[index / level.topk];
+  const int32_t node = first_candidate(level) + index;
+  pool.tokens[node] = level.tokens[index];
+  pool.parents[node] = parent;
+  pool.scores[node] = (parent < 0 ? 0.0f : pool.scores[parent]) + level.logprobs[index];
 }
 
-FRSPEC_HOST_DEVICE inline void expand_beam(const DraftPool& pool, const DraftLevel& level) {
+// The drafter's input of beam node j, which is pool.beam[j] now.
+FRSPEC_HOST_DEVICE inline void write_beam_row(const DraftPool& pool, const DraftLevel& level,
+                                              int j) {
   const int topk = level.topk;
-  const int count = level.rows * topk;
-  const int32_t first = level.level == 1 ? 0 : topk + (level.level - 2) * topk * topk;
-  for (int row = 0; row < level.rows; ++row) {
-    const int32_t parent = level.level == 1 ? -1 : pool.beam[row];
-    const float parent_score = parent < 0 ? 0.0f : pool.scores[parent];
-    for (int j = 0; j < topk; ++j) {
-      const int32_t node = first + row * topk + j;
-      pool.tokens[node] = level.tokens[row * topk + j];
-      pool.parents[node] = parent;
-      pool.scores[node] = parent_score + level.logprobs[row * topk + j];
-    }
+  const int32_t node = pool.beam[j];
+  const int source = (node - first_candidate(level)) / topk;
+  const int in_flight = (level.level - 1) * topk + j;
+  level.row_tokens[j] = pool.tokens[node];
+  level.row_sources[j] = source;
+  level.row_positions[j] = *level.committed + level.level - 1;
+  level.row_slots[j] = *level.committed + in_flight;
+  level.row_prefix[j] = *level.committed;
+  uint64_t* own = level.ancestors + in_flight * level.ancestor_words;
+  const uint64_t* inherited = nullptr;
+  if (level.level > 1) {
+    const int parent_in_flight = (level.level - 2) * topk + source;
+    inherited = level.ancestors + parent_in_flight * level.ancestor_words;
   }
-  keep_best(pool.scores, first, count, topk, pool.beam);
-  for (int j = 0; j < topk; ++j) {
-    const int32_t node = pool.beam[j];
-    const int source = (node - first) / topk;
-    const int in_flight = (level.level - 1) * topk + j;
-    level.row_tokens[j] = pool.tokens[node];
-    level.row_sources[j] = source;
-    level.row_positions[j] = *level.committed + level.level - 1;
-    level.row_slots[j] = *level.committed + in_flight;
-    level.row_prefix[j] = *level.committed;
-    uint64_t* own = level.ancestors + in_flight * level.ancestor_words;
-    const uint64_t* inherited = nullptr;
-    if (level.level > 1) {
-      const int parent_in_flight = (level.level - 2) * topk + source;
-      inherited = level.ancestors + parent_in_flight * level.ancestor_words;
-    }
-    for (int64_t word = 0; word < level.ancestor_words; ++word) {
-      own[word] = inherited == nullptr ? 0 : inherited[word];
-    }
-    own[in_flight / 64] |= uint64_t{1} << (in_flight % 64);
+  for (int64_t word = 0; word < level.ancestor_words; ++word) {
+    own[word] = inherited == nullptr ? 0 : inherited[word];
   }
+  own[in_flight / 64] |= uint64_t{1} << (in_flight % 64);
 }
 
-FRSPEC_HOST_DEVICE inline void sort_ascending(int32_t* values, int count) {
-  for (int i = 1; i < count; ++i) {
-    const int32_t value = values[i];
-    int at = i;
-    for (; at > 0 && values[at - 1] > value; --at) values[at] = values[at - 1];
-    values[at] = value;
-  }
-}
-
-// tree.nodes - 1 <= root.pool_size. With an empty pool the tree is the root alone: plain decoding.
-FRSPEC_HOST_DEVICE inline void build_tree(const DraftTree& tree, const DraftPool& pool,
-                                          const TreeRoot& root) {
-  int32_t* selected = tree.selected + 1;  // pool index of tree node i, ascending
-  const int drafted = tree.nodes - 1;
-  keep_best(pool.scores, 0, root.pool_size, drafted, selected);
-  sort_ascending(selected, drafted);
-  *tree.base = *root.base;
-  for (int32_t node = 0; node < tree.nodes; ++node) {
-    int32_t parent = -1;
-    if (node > 0) {
-      const int32_t pool_parent = pool.parents[selected[node - 1]];
-      parent = 0;
-      for (int32_t i = 1; i < node && pool_parent >= 0; ++i) {
-        if (selected[i - 1] == pool_parent) parent = i;
+// Node `node` of the tree whose kept candidates are tree.selected[1 ... nodes - 1], ascending.
+FRSPEC_HOST_DEVICE inline void write_tree_node(const DraftTree& tree, const DraftPool& pool,
+                                               const TreeRoot& root, int32_t node) {
+  uint64_t* own = tree.ancestors + node * tree.ancestor_words;
+  for (int64_t word = 0; word < tree.ancestor_words; ++word) own[word] = 0;
+  own[0] |= 1;  // the root is everybody's
+  own[node / 64] |= uint64_t{1} << (node % 64);
+  int32_t parent = node == 0 ? -1 : 0;
+  int32_t depth = node == 0 ? 0 : 1;
+  int32_t candidate = node == 0 ? -1 : pool.parents[tree.selected[node]];
+  while (candidate >= 0) {
+    int32_t low = 1;  // ancestors of a kept candidate are kept, and come before it
+    int32_t high = node - 1;
+    while (low < high) {
+      const int32_t middle = (low + high) / 2;
+      if (tree.selected[middle] < candidate) {
+        low = middle + 1;
+      } else {
+        high = middle;
       }
     }
-    tree.tokens[node] = node == 0 ? *root.token : pool.tokens[selected[node - 1]];
-    tree.parents[node] = parent;
-    tree.positions[node] = node == 0 ? *root.base : tree.positions[parent] + 1;
-    tree.slots[node] = *root.base + node;
-    tree.prefix[node] = *root.base;
-    uint64_t* own = tree.ancestors + node * tree.ancestor_words;
-    for (int64_t word = 0; word < tree.ancestor_words; ++word) {
-      own[word] = node == 0 ? 0 : tree.ancestors[parent * tree.ancestor_words + word];
-    }
-    own[node / 64] |= uint64_t{1} << (node % 64);
+    if (parent == 0) parent = low;
+    own[low / 64] |= uint64_t{1} << (low % 64);
+    ++depth;
+    candidate = pool.parents[candidate];
   }
+  tree.tokens[node] = node == 0 ? *root.token : pool.tokens[tree.selected[node]];
+  tree.parents[node] = parent;
+  tree.positions[node] = *root.base + depth;
+  tree.slots[node] = *root.base + node;
+  tree.prefix[node] = *root.base;
+  if (node == 0) *tree.base = *root.base;
 }
 
-FRSPEC_HOST_DEVICE inline void walk_tree(const TreeWalk& walk, const DraftTree& tree,
-                                         const int32_t* chosen) {
-  int32_t node = 0;
+// Whether the target chose this node's token after the node's parent. Siblings hold different
+// tokens, so at most one child of a node does.
+FRSPEC_HOST_DEVICE inline bool continues_parent(const DraftTree& tree, const int32_t* chosen,
+                                                int32_t node) {
+  return node > 0 && tree.tokens[node] == chosen[tree.parents[node]];
+}
+
+// Walks from the root: next(node) is the child that continues it, or -1.
+template <typename Next>
+FRSPEC_HOST_DEVICE inline void follow_path(const TreeWalk& walk, const int32_t* chosen,
+                                           const Next& next) {
   int32_t length = 0;
-  while (node >= 0) {
+  for (int32_t node = 0; node >= 0; node = next(node)) {
     walk.path[length] = node;
     walk.emitted[length] = chosen[node];
     ++length;
-    int32_t next = -1;
-    for (int32_t child = node + 1; child < tree.nodes && next < 0; ++child) {
-      if (tree.parents[child] == node && tree.tokens[child] == chosen[node]) next = child;
-    }
-    node = next;
   }
   *walk.length = length;
+  *walk.root.token = walk.emitted[length - 1];
+  *walk.root.base += length;
 }
 
 }  // namespace frspec

@@ -9,9 +9,9 @@ namespace {
 constexpr const char* kBuffers = "drafter activations";
 }
 
-void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype,
-                   const Llama& target, const std::vector<int32_t>& sub_vocab, int64_t slots,
-                   int64_t observed_rows) {
+void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, const Llama& target,
+                   const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows) {
+  const DType dtype = target.head.dtype;
   const int64_t hidden = config.hidden_size;
   WeightReader reader(backend, arena, checkpoint, dtype, "drafter weights");
   fc_ = reader.linear({{"fc", hidden}}, 2 * hidden, reader.contains("fc.bias"));
@@ -40,12 +40,13 @@ void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType
   topk_ = static_cast<int>(std::min<int64_t>(shape.topk, head_width()));
 
   const int64_t in_flight = int64_t{shape.depth} * topk_;
-  const DType activations = backend.activation_dtype();
+  const DType activations = backend.activation_dtype(dtype);
   const int64_t rows = std::max<int64_t>(observed_rows, topk_);
   kv_.layout(arena, "drafter KV cache", config, backend.kv_dtype(dtype), slots + in_flight);
   rope_ = layout_rope(backend, arena, "RoPE tables", config, slots + shape.depth);
   workspace_.layout(arena, kBuffers, activations, config, rows);
   concat_ = arena.take_tensor(kBuffers, activations, rows, 2 * hidden);
+  last_hidden_ = arena.take_tensor(kBuffers, activations, 1, hidden);
   logits_ = arena.take_tensor("draft logits", DType::kF32, topk_, head_width());
   const auto candidates = static_cast<size_t>(topk_ * topk_);
   logprobs_ = arena.take_array<float>(kBuffers, candidates);
@@ -58,12 +59,10 @@ void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType
   pool_.beam = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(topk_));
 
   const auto beam = static_cast<size_t>(topk_);
-  committed_ = arena.take_array<int32_t>(kBuffers, 1);
   level_ = DraftLevel{};
   level_.topk = topk_;
   level_.logprobs = logprobs_;
   level_.tokens = candidate_tokens_;
-  level_.committed = committed_;
   level_.row_tokens = arena.take_array<int32_t>(kBuffers, beam);
   level_.row_sources = arena.take_array<int32_t>(kBuffers, beam);
   level_.row_positions = arena.take_array<int32_t>(kBuffers, beam);
@@ -75,7 +74,12 @@ void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType
 
   observed_positions_ = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(observed_rows));
   observed_prefix_ = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(observed_rows));
-  host_rows_.resize(static_cast<size_t>(observed_rows));
+  row_index_ = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(observed_rows));
+  if (!arena.planning()) {
+    std::vector<int32_t> index(static_cast<size_t>(observed_rows));
+    std::iota(index.begin(), index.end(), 0);
+    backend.upload(row_index_, index.data(), index.size() * sizeof(int32_t));
+  }
 }
 
 int32_t Eagle::tree_nodes() const {
@@ -84,73 +88,66 @@ int32_t Eagle::tree_nodes() const {
 }
 
 void Eagle::forward(Backend& backend, const Pass& pass) const {
-  backend.linear(workspace_.hidden.row_slice(0, pass.rows), concat_.row_slice(0, pass.rows), fc_);
+  backend.linear(workspace_.hidden.row_slice(0, pass.rows), concat_.row_slice(0, pass.rows), fc_,
+                 pass.kind);
   for (size_t index = 0; index < layers_.size(); ++index) {
     forward_layer(backend, config, layers_[index], kv_.layers[index], rope_, pass, workspace_);
   }
 }
 
 void Eagle::observe(Backend& backend, const Tensor& features, const int32_t* rows,
-                    const int32_t* next_tokens, int64_t n) {
+                    const int32_t* next_tokens, const int32_t* end, int64_t n,
+                    int64_t length_bound) {
   const int64_t hidden = config.hidden_size;
-  const auto first = static_cast<int32_t>(kv_.length);
-  const size_t bytes = static_cast<size_t>(n) * sizeof(int32_t);
-  std::iota(host_rows_.begin(), host_rows_.begin() + n, first);
-  backend.upload(observed_positions_, host_rows_.data(), bytes);
-  std::iota(host_rows_.begin(), host_rows_.begin() + n, first + 1);
-  backend.upload(observed_prefix_, host_rows_.data(), bytes);
-
+  backend.number_rows(observed_positions_, observed_prefix_, end, n);
   const Tensor input = concat_.row_slice(0, n);
   backend.embed(input.col_slice(0, hidden), embedding_, next_tokens);
   backend.gather_rows(input.col_slice(hidden, hidden), features, rows);
   Pass pass;
+  pass.kind = Rows::kDraft;
   pass.rows = n;
   pass.positions = observed_positions_;
   pass.slots = observed_positions_;
   pass.visible.prefix_length = observed_prefix_;
-  pass.visible.max_length = kv_.length + n;
+  pass.visible.max_length = length_bound;
   forward(backend, pass);
-  kv_.length += n;
-  last_observed_rows_ = n;
+  backend.gather_rows(last_hidden_, workspace_.hidden, row_index_ + n - 1);
 }
 
 void Eagle::expand(Backend& backend, int level, const Tensor& hidden) {
   const Tensor logits = logits_.row_slice(0, hidden.rows);
-  backend.linear(logits, hidden, head_);
+  backend.linear(logits, hidden, head_, Rows::kDraft);
   backend.topk_logprobs(logprobs_, candidate_tokens_, logits, column_tokens_, topk_);
   level_.level = level;
   level_.rows = static_cast<int>(hidden.rows);
   backend.expand_beam(pool_, level_);
 }
 
-void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root) {
+void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
+                  int64_t length_bound) {
   const int64_t hidden = config.hidden_size;
-  const auto committed = static_cast<int32_t>(kv_.length);
-  backend.upload(committed_, &committed, sizeof(committed));
-
-  Tensor expanded = workspace_.hidden.row_slice(last_observed_rows_ - 1, 1);
-  expand(backend, 1, expanded);
+  level_.committed = root.base;
+  expand(backend, 1, last_hidden_);
+  Tensor expanded = last_hidden_;
   for (int level = 2; level <= shape.depth; ++level) {
     const Tensor input = concat_.row_slice(0, topk_);
     backend.embed(input.col_slice(0, hidden), embedding_, level_.row_tokens);
     backend.gather_rows(input.col_slice(hidden, hidden), expanded, level_.row_sources);
     Pass pass;
+    pass.kind = Rows::kDraft;
     pass.rows = topk_;
     pass.positions = level_.row_positions;
     pass.slots = level_.row_slots;
     pass.visible.prefix_length = level_.row_prefix;
-    pass.visible.tree_base = committed_;
+    pass.visible.tree_base = root.base;
     pass.visible.ancestors = level_.ancestors + int64_t{level - 2} * topk_ * level_.ancestor_words;
     pass.visible.ancestor_words = level_.ancestor_words;
-    pass.visible.max_length = kv_.length + level - 1;
+    pass.visible.max_length = length_bound;
     forward(backend, pass);
     expanded = workspace_.hidden.row_slice(0, topk_);
     expand(backend, level, expanded);
   }
-
-  TreeRoot with_pool = root;
-  with_pool.pool_size = static_cast<int32_t>(pool_.capacity);
-  backend.build_tree(tree, pool_, with_pool);
+  backend.build_tree(tree, pool_, root);
 }
 
 }  // namespace frspec

@@ -20,18 +20,18 @@ class Eagle final : public Drafter {
 
   // sub_vocab: token ids of the draft head's columns, in host memory; empty: the full vocabulary,
   // scored with the target's own head. slots: committed positions that the KV cache holds besides
-  // the beam.
-  void layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype,
-              const Llama& target, const std::vector<int32_t>& sub_vocab, int64_t slots,
-              int64_t observed_rows);
+  // the beam. The weights are kept in the target's dtype.
+  void layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, const Llama& target,
+              const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows);
 
   int32_t tree_nodes() const override;
   int32_t tree_depth() const override { return shape.depth; }
-  int64_t length() const override { return kv_.length; }
-  void truncate(int64_t length) override { kv_.length = length; }
+  bool observes() const override { return true; }
   void observe(Backend& backend, const Tensor& features, const int32_t* rows,
-               const int32_t* next_tokens, int64_t n) override;
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root) override;
+               const int32_t* next_tokens, const int32_t* end, int64_t n,
+               int64_t length_bound) override;
+  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
+             int64_t length_bound) override;
 
   // Columns of the draft head, and with it the widest beam.
   int64_t head_width() const { return head_.out_features; }
@@ -53,16 +53,15 @@ class Eagle final : public Drafter {
   Tensor rope_;
   LayerWorkspace workspace_;
   Tensor concat_;                        // [rows, 2 d] embedding, feature
+  Tensor last_hidden_;                   // [1, d] predicted after the last observed position
   Tensor logits_;                        // [topk, S]
   float* logprobs_ = nullptr;            // [topk, topk]
   int32_t* candidate_tokens_ = nullptr;  // [topk, topk]
   DraftPool pool_;
   DraftLevel level_;
-  int32_t* committed_ = nullptr;           // [1] kv_.length, for kernels
   int32_t* observed_positions_ = nullptr;  // [observed rows]; slots are the same numbers
   int32_t* observed_prefix_ = nullptr;     // [observed rows]
-  std::vector<int32_t> host_rows_;
-  int64_t last_observed_rows_ = 0;
+  int32_t* row_index_ = nullptr;           // [observed rows] 0, 1, 2, ...
 };
 
 }  // namespace frspec

@@ -11,7 +11,8 @@ namespace frspec {
 
 namespace {
 
-// Rows of a prompt pass. Larger chunks are no faster, and their activations cost memory.
+// Rows of a prompt pass, where the backend does not say. Larger chunks are no faster, and their
+// activations cost memory.
 constexpr int64_t kPrefillRows = 512;
 constexpr int64_t kDefaultContext = 4096;
 
@@ -81,7 +82,6 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
     eagle_->config.vocab_size = target_.config.vocab_size;
     drafter_checkpoint_ = std::make_unique<Checkpoint>(*options.drafter);
     read_biases(*drafter_checkpoint_, eagle_->config);
-    drafter_dtype_ = weight_dtype(options, *drafter_checkpoint_, "fc.weight");
     eagle_->shape = options.tree;
     if (options.vocab_size > 0) {
       sub_vocab_ = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
@@ -112,19 +112,21 @@ void Engine::layout(Arena& arena, int64_t max_context) {
     depth = options_.tree.depth;
     beam_rows = options_.tree.topk;
   }
-  pass_rows_ = std::max(std::min(kPrefillRows, max_context), nodes);
+  const int64_t chunk = backend_->prompt_chunk() > 0 ? backend_->prompt_chunk() : kPrefillRows;
+  pass_rows_ = std::max(std::min(chunk, max_context), nodes);
+  pass_rows_ = (pass_rows_ + kPromptRowMultiple - 1) / kPromptRowMultiple * kPromptRowMultiple;
 
   target_.layout(*backend_, arena, *target_checkpoint_, dtype_, max_context + nodes,
                  max_context + depth, pass_rows_);
   if (eagle_ != nullptr) {
-    eagle_->layout(*backend_, arena, *drafter_checkpoint_, drafter_dtype_, target_, sub_vocab_,
-                   max_context, pass_rows_);
+    eagle_->layout(*backend_, arena, *drafter_checkpoint_, target_, sub_vocab_, max_context,
+                   pass_rows_);
   }
 
   const ModelConfig& config = target_.config;
   constexpr const char* kBuffers = "target activations";
-  features_ =
-      arena.take_tensor(kBuffers, backend_->activation_dtype(), pass_rows_, config.hidden_size);
+  features_ = arena.take_tensor(kBuffers, backend_->activation_dtype(dtype_), pass_rows_,
+                                config.hidden_size);
   logits_ = arena.take_tensor("target logits", DType::kF32, nodes, config.vocab_size);
   constexpr const char* kRound = "round buffers";
   const auto rows = static_cast<size_t>(pass_rows_);
@@ -149,10 +151,11 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   chosen_ = arena.take_array<int32_t>(kRound, node_count);
   walk_result_size_ = 1 + 2 * (depth + 1);
   walk_result_ = arena.take_array<int32_t>(kRound, static_cast<size_t>(walk_result_size_));
-  if (walk_result_ != nullptr) {
-    walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1};
-  }
   root_ = arena.take_array<int32_t>(kRound, 2);
+  if (!arena.planning()) {
+    walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1, {root_, root_ + 1}};
+  }
+  sampling_ = arena.take_array<Sampling>(kRound, 1);
 
   WorkspaceLimits limits;
   limits.rows = std::max(pass_rows_, beam_rows);
@@ -288,17 +291,21 @@ void Engine::start(std::span<const int32_t> prompt, const Request& request) {
       prompt.begin();
   // The last prompt token is always computed: its logits choose the first token.
   int64_t kept = std::min({common, target_.kv.length, length - 1});
-  if (eagle_ != nullptr) {
-    // Row i of the drafter holds token i + 1 as well.
-    int64_t drafter_kept = std::min(eagle_->length(), std::max<int64_t>(common - 1, 0));
-    // Features are not kept: where the drafter goes on, the target computes them again.
-    if (request.method == Method::kEagle2) kept = std::min(kept, drafter_kept);
-    eagle_->truncate(std::min(drafter_kept, kept));
-  }
+  const int64_t chunk = backend_->prompt_chunk();
+  if (chunk > 0) kept = std::min(kept, whole_chunks_);
+  // Row i of the drafter holds token i + 1 as well. Features are not kept: where the drafter goes
+  // on, the target computes them again.
+  const int64_t observed = std::min(observed_, std::max<int64_t>(common - 1, 0));
+  if (request.method == Method::kEagle2) kept = std::min(kept, observed);
+  if (chunk > 0) kept = kept / chunk * chunk;
+  observed_ = std::min(observed, kept);
+  whole_chunks_ = chunk > 0 ? kept : 0;
+  unobserved_ = 0;
 
   drafter_ = request.method == Method::kEagle2 ? static_cast<Drafter*>(eagle_.get()) : &no_drafter_;
   tree_.nodes = drafter_->tree_nodes();
   request_ = request;
+  backend_->upload(sampling_, &request_.sampling, sizeof(Sampling));
   prompt_.assign(prompt.begin(), prompt.end());
   sequence_.assign(prompt.begin(), prompt.begin() + kept);
   target_.kv.length = kept;
@@ -331,36 +338,43 @@ void Engine::prefill_chunk() {
   const int64_t n = std::min(pass_rows_, length - first);
   const bool last = first + n == length;
   const size_t bytes = static_cast<size_t>(n) * sizeof(int32_t);
+  const int64_t bound = backend_->length_bound(first + n);
 
   backend_->upload(pass_tokens_, prompt_.data() + first, bytes);
-  std::iota(host_ints_.begin(), host_ints_.begin() + n, static_cast<int32_t>(first));
-  backend_->upload(pass_positions_, host_ints_.data(), bytes);
-  std::iota(host_ints_.begin(), host_ints_.begin() + n, static_cast<int32_t>(first + 1));
-  backend_->upload(pass_prefix_, host_ints_.data(), bytes);
+  const int32_t root[2] = {0, static_cast<int32_t>(first + n)};
+  backend_->upload(root_, root, sizeof(root));
+  backend_->number_rows(pass_positions_, pass_prefix_, root_ + 1, n);
   Pass pass;
+  pass.kind = Rows::kPrompt;
   pass.rows = n;
   pass.tokens = pass_tokens_;
   pass.positions = pass_positions_;
   pass.slots = pass_positions_;
   pass.visible.prefix_length = pass_prefix_;
-  pass.visible.max_length = first + n;
+  pass.visible.max_length = bound;
   target_.forward(*backend_, pass, features_.row_slice(0, n));
 
   int32_t chosen = -1;
   if (last) {
     const Tensor logits = logits_.row_slice(0, 1);
-    backend_->linear(logits, features_.row_slice(n - 1, 1), target_.head);
-    backend_->choose_tokens(chosen_, logits, request_.sampling, pass_positions_ + n - 1);
-    backend_->download(&chosen, chosen_, sizeof(chosen));
+    backend_->linear(logits, features_.row_slice(n - 1, 1), target_.head, Rows::kTarget);
+    backend_->choose_tokens(root_, logits, sampling_, pass_positions_ + n - 1);
+    backend_->download(&chosen, root_, sizeof(chosen));
     last_rows_ = 1;
   }
-  std::copy_n(prompt_.begin() + first + 1, last ? n - 1 : n, host_ints_.begin());
-  if (last) host_ints_[static_cast<size_t>(n - 1)] = chosen;
-  backend_->upload(pass_next_tokens_, host_ints_.data(), bytes);
-  drafter_->observe(*backend_, features_, pass_rows_index_, pass_next_tokens_, n);
+  if (drafter_->observes()) {
+    std::copy_n(prompt_.begin() + first + 1, last ? n - 1 : n, host_ints_.begin());
+    if (last) host_ints_[static_cast<size_t>(n - 1)] = chosen;
+    backend_->upload(pass_next_tokens_, host_ints_.data(), bytes);
+    drafter_->observe(*backend_, features_, pass_rows_index_, pass_next_tokens_, root_ + 1, n,
+                      bound);
+    observed_ += n;
+  }
+  if (!last) backend_->synchronize();
 
   sequence_.insert(sequence_.end(), prompt_.begin() + first, prompt_.begin() + first + n);
   target_.kv.length = first + n;
+  if (n == backend_->prompt_chunk()) whole_chunks_ += n;
   if (last) {
     in_prompt_ = false;
     sequence_.push_back(chosen);
@@ -369,13 +383,10 @@ void Engine::prefill_chunk() {
   timings_.prefill += watch.lap();
 }
 
-void Engine::round() {
-  Stopwatch watch;
-  const auto base = static_cast<int32_t>(target_.kv.length);
-  const int32_t root[2] = {sequence_.back(), base};
-  backend_->upload(root_, root, sizeof(root));
-  drafter_->draft(*backend_, tree_, TreeRoot{root_, root_ + 1, 0});
-  timings_.draft += watch.lap();
+void Engine::draft_and_verify(int64_t length_bound) {
+  Backend& backend = *backend_;
+  drafter_->draft(backend, tree_, walk_.root, length_bound);
+  backend.mark(kDrafted);
 
   const int64_t nodes = tree_.nodes;
   Pass pass;
@@ -387,32 +398,55 @@ void Engine::round() {
   pass.visible.tree_base = tree_.base;
   pass.visible.ancestors = tree_.ancestors;
   pass.visible.ancestor_words = tree_.ancestor_words;
-  pass.visible.max_length = base + drafter_->tree_depth() + 1;
+  pass.visible.max_length = length_bound;
   const Tensor features = features_.row_slice(0, nodes);
   const Tensor logits = logits_.row_slice(0, nodes);
-  target_.forward(*backend_, pass, features);
-  backend_->linear(logits, features, target_.head);
-  timings_.verify += watch.lap();
-  last_rows_ = nodes;
+  target_.forward(backend, pass, features);
+  backend.linear(logits, features, target_.head, Rows::kTarget);
+  backend.mark(kVerified);
 
-  backend_->choose_tokens(chosen_, logits, request_.sampling, tree_.positions);
-  backend_->walk_tree(walk_, tree_, chosen_);
-  backend_->commit_kv(target_.kv.layers.data(), target_.config.num_layers, tree_.base, walk_.path,
-                      walk_.length);
-  backend_->download(host_ints_.data(), walk_result_,
-                     static_cast<size_t>(walk_result_size_) * sizeof(int32_t));
-  const int32_t accepted = host_ints_[0];
-  const int32_t* emitted = host_ints_.data() + (walk_.emitted - walk_result_);
+  backend.choose_tokens(chosen_, logits, sampling_, tree_.positions);
+  backend.walk_tree(walk_, tree_, chosen_);
+  backend.commit_kv(target_.kv.layers.data(), target_.config.num_layers, tree_.base, walk_.path,
+                    walk_.length);
+  backend.post(walk_result_, static_cast<size_t>(walk_result_size_) * sizeof(int32_t));
+}
+
+void Engine::round() {
+  Stopwatch watch;
+  const int64_t base = target_.kv.length;
+  const int64_t bound = backend_->length_bound(base + drafter_->tree_depth() + 1);
+  backend_->mark(kStarted);
+  if (unobserved_ > 0) {  // the nodes that the last round accepted
+    backend_->run({WorkKey::kObserve, static_cast<int32_t>(unobserved_), bound}, [&] {
+      drafter_->observe(*backend_, features_, walk_.path, walk_.emitted, walk_.root.base,
+                        unobserved_, bound);
+    });
+    observed_ += unobserved_;
+    unobserved_ = 0;
+  }
+  const auto kind = drafter_->observes() ? WorkKey::kDraftedRound : WorkKey::kPlainRound;
+  backend_->run({kind, tree_.nodes, bound}, [&] { draft_and_verify(bound); });
+  backend_->synchronize();
+
+  const auto* result = static_cast<const int32_t*>(backend_->mailbox());
+  const int32_t accepted = result[0];
+  const int32_t* emitted = result + (walk_.emitted - walk_result_);
+  last_rows_ = tree_.nodes;
   target_.kv.length += accepted;
   sequence_.insert(sequence_.end(), emitted, emitted + accepted);
   emit(std::span(emitted, static_cast<size_t>(accepted)));
   accept_lengths_.push_back(static_cast<int32_t>(new_tokens_.size()));
-  timings_.rest += watch.lap();
-
-  if (!finished()) {
-    drafter_->observe(*backend_, features_, walk_.path, walk_.emitted, accepted);
-    timings_.draft += watch.lap();
+  if (drafter_->observes()) unobserved_ = accepted;
+  if (finished()) {  // what was accepted behind the end is forgotten, as if it never was
+    target_.kv.length = static_cast<int64_t>(prompt_.size()) + emitted_count_ - 1;
+    sequence_.resize(static_cast<size_t>(target_.kv.length) + 1);
   }
+  const double draft = backend_->seconds_between(kStarted, kDrafted);
+  const double verify = backend_->seconds_between(kDrafted, kVerified);
+  timings_.draft += draft;
+  timings_.verify += verify;
+  timings_.rest += std::max(0.0, watch.lap() - draft - verify);
 }
 
 void Engine::emit(std::span<const int32_t> tokens) {

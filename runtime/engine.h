@@ -95,10 +95,13 @@ class Engine {
   LastRound last_round() const;
 
  private:
+  enum Stamp { kStarted, kDrafted, kVerified };  // of a round, for Backend::mark
+
   void layout(Arena& arena, int64_t max_context);
   int64_t longest_context_within(size_t bytes);
   void check_request(std::span<const int32_t> prompt, const Request& request) const;
   void prefill_chunk();
+  void draft_and_verify(int64_t length_bound);
   void round();
   void emit(std::span<const int32_t> tokens);
 
@@ -107,7 +110,6 @@ class Engine {
   std::unique_ptr<Checkpoint> target_checkpoint_;
   std::unique_ptr<Checkpoint> drafter_checkpoint_;
   DType dtype_ = DType::kBF16;
-  DType drafter_dtype_ = DType::kBF16;
   std::vector<int32_t> sub_vocab_;
   int64_t max_context_ = 0;
   MemoryPlan plan_;
@@ -132,7 +134,8 @@ class Engine {
   int32_t* walk_result_ = nullptr;  // [1 + 2 (depth + 1)]: length, path, emitted
   TreeWalk walk_;
   int64_t walk_result_size_ = 0;
-  int32_t* root_ = nullptr;  // [2]: token, base
+  int32_t* root_ = nullptr;       // [2]: token, base
+  Sampling* sampling_ = nullptr;  // [1] of the current request
 
   // The current sequence: sequence_[i] is in KV slot i for i < target_.kv.length; the element
   // behind those is the root, chosen but not yet computed.
@@ -142,7 +145,10 @@ class Engine {
   int64_t emitted_count_ = 0;
   int64_t emit_limit_ = 0;
   bool in_prompt_ = false;
-  int64_t last_rows_ = 0;  // rows of logits_ that the latest step filled
+  int64_t observed_ = 0;      // leading positions that the drafter has observed
+  int64_t unobserved_ = 0;    // nodes of the last round that it has not
+  int64_t whole_chunks_ = 0;  // leading positions computed in whole prompt chunks (prompt_chunk())
+  int64_t last_rows_ = 0;     // rows of logits_ that the latest step filled
   FinishReason finish_reason_ = FinishReason::kLength;
   std::vector<int32_t> new_tokens_;
   std::vector<int32_t> accept_lengths_;

@@ -1,8 +1,13 @@
 #include "llama.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace frspec {
+
+namespace {
+constexpr int64_t kRopeUploadRows = 1024;
+}
 
 void LayerWorkspace::layout(Arena& arena, const char* plan_name, DType dtype,
                             const ModelConfig& config, int64_t rows) {
@@ -50,14 +55,14 @@ void forward_layer(Backend& backend, const ModelConfig& config, const DecoderLay
   if (layer.input_norm != nullptr) {
     backend.rms_norm(normed, hidden, layer.input_norm, config.rms_norm_eps);
   }
-  backend.linear(qkv, layer.input_norm != nullptr ? normed : hidden, layer.qkv);
+  backend.linear(qkv, layer.input_norm != nullptr ? normed : hidden, layer.qkv, pass.kind);
   backend.rope_and_append(qkv, kv, rope, pass.positions, pass.slots);
   backend.attention(attended, q, kv, pass.visible);
-  backend.linear(hidden, attended, layer.o, &hidden);
+  backend.linear(hidden, attended, layer.o, pass.kind, &hidden);
 
   backend.rms_norm(normed, hidden, layer.post_attention_norm, config.rms_norm_eps);
-  backend.linear_swiglu(ffn, normed, layer.gate, layer.up);
-  backend.linear(hidden, ffn, layer.down, &hidden);
+  backend.linear_swiglu(ffn, normed, layer.gate, layer.up, pass.kind);
+  backend.linear(hidden, ffn, layer.down, pass.kind, &hidden);
 }
 
 Tensor layout_rope(Backend& backend, Arena& arena, const char* plan_name, const ModelConfig& config,
@@ -66,14 +71,19 @@ Tensor layout_rope(Backend& backend, Arena& arena, const char* plan_name, const 
   const Tensor rope = arena.take_tensor(plan_name, DType::kF32, positions, config.head_dim);
   if (arena.planning()) return rope;
   const std::vector<double> frequencies = rope_inverse_frequencies(config);
-  std::vector<float> row(static_cast<size_t>(config.head_dim));
-  for (int64_t position = 0; position < positions; ++position) {
-    for (int64_t i = 0; i < half; ++i) {
-      const double angle = static_cast<double>(position) * frequencies[static_cast<size_t>(i)];
-      row[static_cast<size_t>(i)] = static_cast<float>(std::cos(angle));
-      row[static_cast<size_t>(half + i)] = static_cast<float>(std::sin(angle));
+  std::vector<float> block(static_cast<size_t>(kRopeUploadRows * config.head_dim));
+  for (int64_t first = 0; first < positions; first += kRopeUploadRows) {
+    const int64_t count = std::min(kRopeUploadRows, positions - first);
+    for (int64_t p = 0; p < count; ++p) {
+      float* row = block.data() + p * config.head_dim;
+      for (int64_t i = 0; i < half; ++i) {
+        const double angle = static_cast<double>(first + p) * frequencies[static_cast<size_t>(i)];
+        row[i] = static_cast<float>(std::cos(angle));
+        row[half + i] = static_cast<float>(std::sin(angle));
+      }
     }
-    backend.upload(rope.row<float>(position), row.data(), row.size() * sizeof(float));
+    backend.upload(rope.row<float>(first), block.data(),
+                   static_cast<size_t>(count * config.head_dim) * sizeof(float));
   }
   return rope;
 }
@@ -95,7 +105,7 @@ void Llama::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType
 
   kv.layout(arena, "target KV cache", config, backend.kv_dtype(dtype), slots);
   rope_ = layout_rope(backend, arena, "RoPE tables", config, positions);
-  workspace_.layout(arena, "target activations", backend.activation_dtype(), config, rows);
+  workspace_.layout(arena, "target activations", backend.activation_dtype(dtype), config, rows);
 }
 
 void Llama::forward(Backend& backend, const Pass& pass, const Tensor& features) const {

@@ -26,6 +26,7 @@ struct DecoderLayer {
 
 // What the rows of one pass are and where they go. Arrays in backend memory.
 struct Pass {
+  Rows kind = Rows::kTarget;
   int64_t rows = 0;                    // n
   const int32_t* tokens = nullptr;     // [n]
   const int32_t* positions = nullptr;  // [n] logical positions, for RoPE

@@ -131,13 +131,14 @@ struct Bench {
     const Clock::time_point start = Clock::now();
     for (const Layer& layer : model.layers) {
       const Tensor in = view(x, n, s.hidden);
-      backend.linear(view(y, n, s.qkv), in, layer.qkv, nullptr);
-      backend.linear(view(y, n, s.hidden), in, layer.o, &in);
-      backend.linear_swiglu(view(y, n, s.ffn), in, layer.gate, layer.up);
-      backend.linear(view(y, n, s.hidden), view(x, n, s.ffn), layer.down, &in);
+      backend.linear(view(y, n, s.qkv), in, layer.qkv, Rows::kTarget, nullptr);
+      backend.linear(view(y, n, s.hidden), in, layer.o, Rows::kTarget, &in);
+      backend.linear_swiglu(view(y, n, s.ffn), in, layer.gate, layer.up, Rows::kTarget);
+      backend.linear(view(y, n, s.hidden), view(x, n, s.ffn), layer.down, Rows::kTarget, &in);
     }
     if (n <= kMostHeadRows) {
-      backend.linear(view(logits, n, s.vocab), view(x, n, s.hidden), model.head, nullptr);
+      backend.linear(view(logits, n, s.vocab), view(x, n, s.hidden), model.head, Rows::kTarget,
+                     nullptr);
     }
     return seconds_since(start);
   }

@@ -144,8 +144,9 @@ void CpuBackend::sample_filtered(int32_t* tokens, const Tensor& logits, const Sa
   });
 }
 
-void CpuBackend::choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+void CpuBackend::choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* of_request,
                                const int32_t* positions) {
+  const Sampling& sampling = *of_request;
   FRSPEC_CHECK(logits.dtype == DType::kF32 && logits.cols > 0, Error,
                "choose_tokens: logits must be fp32");
   FRSPEC_CHECK(logits.rows <= limits_.choice_rows && logits.cols <= limits_.vocab, Error,

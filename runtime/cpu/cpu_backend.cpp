@@ -46,6 +46,18 @@ void CpuBackend::download(void* host_destination, const void* source, size_t byt
   if (bytes > 0) std::memcpy(host_destination, source, bytes);
 }
 
+void CpuBackend::post(const void* source, size_t bytes) {
+  FRSPEC_CHECK(bytes <= kMailboxBytes, Error, "post: ", bytes, " bytes, at most ", kMailboxBytes,
+               " are possible");
+  std::memcpy(mailbox_, source, bytes);
+}
+
+void CpuBackend::mark(int stamp) { marks_[stamp] = Clock::now(); }
+
+double CpuBackend::seconds_between(int first, int second) const {
+  return std::chrono::duration<double>(marks_[second] - marks_[first]).count();
+}
+
 std::unique_ptr<Backend> make_cpu_backend(int threads, const Kernels* kernels) {
   FRSPEC_CHECK(threads >= 0 && threads <= kMaxThreads, RequestError,
                "threads must be between 0 (all) and ", kMaxThreads, ", found ", threads);

@@ -3,6 +3,7 @@
 // compiled once per instruction set (kernels.h).
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <string>
 #include <vector>
@@ -37,12 +38,21 @@ class CpuBackend final : public Backend {
   CpuBackend(int threads, const Kernels& kernels);
 
   DeviceInfo info() const override;
-  DType activation_dtype() const override { return DType::kF32; }
+  DType activation_dtype(DType) const override { return DType::kF32; }
   DType kv_dtype(DType) const override { return DType::kF32; }
+  int64_t prompt_chunk() const override { return 0; }
+  int64_t length_bound(int64_t length) const override { return length; }
   void layout(Arena& arena, const WorkspaceLimits& limits) override;
   void* allocate(size_t bytes) override;
   void upload(void* destination, const void* host_source, size_t bytes) override;
   void download(void* host_destination, const void* source, size_t bytes) override;
+
+  void run(const WorkKey&, const std::function<void()>& body) override { body(); }
+  void post(const void* source, size_t bytes) override;
+  const void* mailbox() const override { return mailbox_; }
+  void synchronize() override {}
+  void mark(int stamp) override;
+  double seconds_between(int first, int second) const override;
 
   size_t linear_bytes(DType dtype, int64_t out_features, int64_t in_features) const override;
   void load_linear(const LinearWeight& weight, int64_t first_row,
@@ -53,10 +63,10 @@ class CpuBackend final : public Backend {
 
   void embed(const Tensor& out, const LinearWeight& table, const int32_t* tokens) override;
   void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps) override;
-  void linear(const Tensor& out, const Tensor& x, const LinearWeight& w,
+  void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, Rows rows,
               const Tensor* residual) override;
   void linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
-                     const LinearWeight& up) override;
+                     const LinearWeight& up, Rows rows) override;
   void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                        const int32_t* positions, const int32_t* slots) override;
   void attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
@@ -65,8 +75,9 @@ class CpuBackend final : public Backend {
 
   void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
                      const int32_t* column_tokens, int64_t k) override;
-  void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
+  void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
                      const int32_t* positions) override;
+  void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) override;
   void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
   void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
   void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
@@ -75,11 +86,11 @@ class CpuBackend final : public Backend {
 
  private:
   // x as the kernels of w's type read it.
-  struct Rows {
+  struct PreparedRows {
     const void* data;
     int64_t stride;  // in 32-bit units
   };
-  Rows prepare_rows(const Tensor& x, DType weight_dtype);
+  PreparedRows prepare_rows(const Tensor& x, DType weight_dtype);
   template <typename Body>
   void for_panel_groups(int64_t rows, int64_t panels, int64_t group, const Body& body);
   void find_likeliest(const Tensor& logits);
@@ -91,6 +102,9 @@ class CpuBackend final : public Backend {
   const Kernels& kernels_;
   ThreadPool pool_;
   HostMemory memory_;
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point marks_[kMarks];
+  alignas(64) char mailbox_[kMailboxBytes];
 
   // Scratch, from layout().
   WorkspaceLimits limits_;

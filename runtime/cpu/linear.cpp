@@ -24,7 +24,7 @@ int64_t panel_bytes(const Kernels& kernels, const LinearWeight& w) {
 
 }  // namespace
 
-CpuBackend::Rows CpuBackend::prepare_rows(const Tensor& x, DType weight_dtype) {
+CpuBackend::PreparedRows CpuBackend::prepare_rows(const Tensor& x, DType weight_dtype) {
   if (!kernels_.prepares_rows[static_cast<int>(weight_dtype)]) return {x.data, x.stride};
   FRSPEC_CHECK(x.rows <= limits_.rows && x.cols <= limits_.in_features, Error, "linear: x [",
                x.rows, ", ", x.cols, "] exceeds the planned workspace [", limits_.rows, ", ",
@@ -58,7 +58,7 @@ void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, int64_t group, c
   });
 }
 
-void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w,
+void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w, Rows,
                         const Tensor* residual) {
   check_product("linear", out, x, w);
   FRSPEC_CHECK(residual == nullptr || (residual->dtype == DType::kF32 &&
@@ -67,7 +67,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& 
                out.cols, "]");
   const int64_t panel = kernels_.panel;
   const int64_t bytes = panel_bytes(kernels_, w);
-  const Rows rows_in = prepare_rows(x, w.dtype);
+  const PreparedRows rows_in = prepare_rows(x, w.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(w.dtype)];
   const int64_t panels = (w.out_features + panel - 1) / panel;
   for_panel_groups(
@@ -89,14 +89,14 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& 
 }
 
 void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
-                               const LinearWeight& up) {
+                               const LinearWeight& up, Rows) {
   check_product("linear_swiglu", out, x, gate);
   check_product("linear_swiglu", out, x, up);
   FRSPEC_CHECK(gate.dtype == up.dtype, Error, "linear_swiglu: gate is ", dtype_name(gate.dtype),
                ", up is ", dtype_name(up.dtype));
   const int64_t panel = kernels_.panel;
   const int64_t bytes = panel_bytes(kernels_, gate);
-  const Rows rows_in = prepare_rows(x, gate.dtype);
+  const PreparedRows rows_in = prepare_rows(x, gate.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(gate.dtype)];
   const int64_t panels = (gate.out_features + panel - 1) / panel;
   const int64_t group = std::max<int64_t>(1, kernels_.task_panels / 2);

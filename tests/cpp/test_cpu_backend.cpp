@@ -26,7 +26,7 @@ TEST_CASE("memory is zero-filled, aligned and refused when there is too little")
 TEST_CASE("devices are made by name") {
   const auto backend = make_backend("cpu", 2);
   CHECK(backend->info().name == "cpu");
-  CHECK(backend->activation_dtype() == DType::kF32);
+  CHECK(backend->activation_dtype(DType::kBF16) == DType::kF32);
   CHECK(make_backend("auto", 1) != nullptr);
   CHECK_THROWS_AS(make_backend("tpu", 1), RequestError);
   void* memory = backend->allocate(1 << 16);

@@ -79,7 +79,7 @@ void check_sampling(Backend& backend, Matrix& logits, const Sampling& sampling) 
   std::vector<int32_t> positions;
   for (int32_t r = 0; r < n; ++r) positions.push_back(100 * r + 3);
   std::vector<int32_t> tokens(static_cast<size_t>(n), -1);
-  backend.choose_tokens(tokens.data(), logits.tensor(), sampling, positions.data());
+  backend.choose_tokens(tokens.data(), logits.tensor(), &sampling, positions.data());
   for (int64_t r = 0; r < n; ++r) {
     double margin = 1;
     const auto set = filtered(logits.row(r), logits.cols(), sampling, margin);
@@ -101,7 +101,8 @@ TEST_CASE("at temperature 0 the lowest of the largest logits is chosen") {
         Matrix logits(9, vocab, random, 3.0f, 2);
         for (int64_t i = vocab / 3; i < vocab; i += 1 + vocab / 7) logits.row(4)[i] = 40.0f;
         std::vector<int32_t> tokens(9), positions(9, 0);
-        backend->choose_tokens(tokens.data(), logits.tensor(), {}, positions.data());
+        const Sampling greedy;
+        backend->choose_tokens(tokens.data(), logits.tensor(), &greedy, positions.data());
         for (int64_t r = 0; r < 9; ++r) {
           const float* row = logits.row(r);
           CHECK(tokens[static_cast<size_t>(r)] == std::max_element(row, row + vocab) - row);
@@ -176,7 +177,7 @@ TEST_CASE("samples follow the softmax") {
     sampling.seed = 1234;
     std::vector<int32_t> positions(1000), tokens(1000);
     std::iota(positions.begin(), positions.end(), draw * 1000);
-    backend->choose_tokens(tokens.data(), logits.tensor(), sampling, positions.data());
+    backend->choose_tokens(tokens.data(), logits.tensor(), &sampling, positions.data());
     for (const int32_t token : tokens) seen[static_cast<size_t>(token)] += 1;
   }
   double total = 0;
@@ -208,8 +209,8 @@ TEST_CASE("NaN and infinite logits give a valid token") {
         for (const int32_t top_k : {0, 5}) {
           for (const float min_p : {0.0f, 0.1f}) {
             int32_t tokens[6];
-            backend->choose_tokens(tokens, logits.tensor(), {temperature, top_k, top_p, min_p, 9},
-                                   positions);
+            const Sampling sampling{temperature, top_k, top_p, min_p, 9};
+            backend->choose_tokens(tokens, logits.tensor(), &sampling, positions);
             for (const int32_t token : tokens) CHECK((token >= 0 && token < 20000));
             CHECK(tokens[2] == 17000);
             CHECK(tokens[3] == 19999);

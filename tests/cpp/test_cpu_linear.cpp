@@ -60,7 +60,7 @@ void check_linear(Backend& backend, const Kernels& kernels, DType dtype, int64_t
   TestWeight weight(backend, dtype, w, with_bias ? bias.row(0) : nullptr);
   Matrix y(n, out, 5);
   const Tensor residual_tensor = residual.tensor();
-  backend.linear(y.tensor(), x.tensor(), weight.weight(),
+  backend.linear(y.tensor(), x.tensor(), weight.weight(), Rows::kTarget,
                  with_residual ? &residual_tensor : nullptr);
   const Matrix entered = entering(kernels, dtype, x);
   double worst = 0;
@@ -113,8 +113,8 @@ TEST_CASE("linear may add to the residual in place") {
       TestWeight weight(*backend, DType::kBF16, Matrix(50, 96, random));
       Matrix separate(n, 50);
       const Tensor residual = stream.tensor();
-      backend->linear(separate.tensor(), x.tensor(), weight.weight(), &residual);
-      backend->linear(residual, x.tensor(), weight.weight(), &residual);
+      backend->linear(separate.tensor(), x.tensor(), weight.weight(), Rows::kTarget, &residual);
+      backend->linear(residual, x.tensor(), weight.weight(), Rows::kTarget, &residual);
       for (int64_t r = 0; r < n; ++r) CHECK(equal_bits(separate.row(r), stream.row(r), 50));
     }
   }

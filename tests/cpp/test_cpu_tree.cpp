@@ -158,9 +158,9 @@ struct Tree {
 void check_tree(Backend& backend, const Growth& g, int32_t nodes, Random& random) {
   CAPTURE(nodes);
   Tree tree(nodes);
-  const int32_t root = 99;
-  const int32_t base = 1234;
-  backend.build_tree(tree.view, g.pool, {&root, &base, static_cast<int32_t>(g.plain.size())});
+  int32_t root = 99;
+  int32_t base = 1234;
+  backend.build_tree(tree.view, g.pool, {&root, &base});
 
   std::vector<int32_t> kept = best_of(g.plain, 0, nodes - 1);
   std::sort(kept.begin(), kept.end());
@@ -199,7 +199,9 @@ void check_tree(Backend& backend, const Growth& g, int32_t nodes, Random& random
     int32_t length = -1;
     std::vector<int32_t> path(static_cast<size_t>(g.depth) + 1);
     std::vector<int32_t> emitted(path.size());
-    backend.walk_tree({&length, path.data(), emitted.data()}, tree.view, chosen.data());
+    int32_t next[2] = {-1, base};
+    backend.walk_tree({&length, path.data(), emitted.data(), {&next[0], &next[1]}}, tree.view,
+                      chosen.data());
     std::vector<int32_t> want{0};
     for (bool found = true; found;) {
       found = false;
@@ -213,6 +215,8 @@ void check_tree(Backend& backend, const Growth& g, int32_t nodes, Random& random
       }
     }
     REQUIRE(length == static_cast<int32_t>(want.size()));
+    CHECK(next[0] == chosen[static_cast<size_t>(want.back())]);
+    CHECK(next[1] == base + length);
     for (size_t j = 0; j < want.size(); ++j) {
       CHECK(path[j] == want[j]);
       CHECK(emitted[j] == chosen[static_cast<size_t>(want[j])]);
@@ -245,9 +249,9 @@ TEST_CASE("growing, building and walking a tree equal brute force") {
 TEST_CASE("an empty pool gives the root alone") {
   const auto backend = make_cpu_backend(1);
   Tree tree(1);
-  const int32_t root = 5;
-  const int32_t base = 17;
-  backend->build_tree(tree.view, {}, {&root, &base, 0});
+  int32_t root = 5;
+  int32_t base = 17;
+  backend->build_tree(tree.view, {}, {&root, &base});
   CHECK(tree.tokens[0] == 5);
   CHECK(tree.parents[0] == -1);
   CHECK(tree.positions[0] == 17);

@@ -405,7 +405,7 @@ def test_device_that_is_not_there(refused, files) -> None:
 
 def test_no_memory_for_the_plan(refused, files, capfd) -> None:
     args = ["--model", files.model, *PROMPT]
-    line = refused("generate", *args, "--memory-limit", "3MB", expect=("3000000",))
+    line = refused("generate", *args, "--memory-limit", "5MB", expect=("5000000",))
     assert "max_context of" in line and "would fit" in line
     fitting = int(line.split("max_context of ")[1].split()[0])
     args += ["--memory-limit", "3MB", "--max-context", fitting]

@@ -1,0 +1,66 @@
+// launch<kernel>(config, args...): checked, on an explicit stream; the only way kernels are started.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "check.h"
+
+#ifdef FRSPEC_EMULATE_CUDA
+#include "cuda_emulation.h"
+#endif
+
+namespace frspec::cuda {
+
+// DeviceError with the CUDA error's name, what it says, and what was being done.
+[[noreturn]] void throw_cuda_error(cudaError_t error, const char* doing);
+
+inline void check(cudaError_t error, const char* doing) {
+  if (error != cudaSuccess) throw_cuda_error(error, doing);
+}
+
+struct LaunchConfig {
+  dim3 grid;
+  dim3 block;
+  cudaStream_t stream = nullptr;
+  size_t shared_bytes = 0;
+};
+
+// Every kernel begins with dependency_launch() and reads what others wrote after dependency_wait()
+// (ptx.cuh), so that each may be launched before the one in front of it has ended.
+template <auto Kernel, typename... Args>
+void launch(const LaunchConfig& config, const char* name, Args&&... args) {
+  // Beyond 48 KiB a kernel must ask, once for each instantiation.
+  static size_t allowed_bytes = 48 << 10;
+  if (config.shared_bytes > allowed_bytes) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(config.shared_bytes)),
+          name);
+    allowed_bytes = config.shared_bytes;
+  }
+#ifdef FRSPEC_EMULATE_CUDA
+  check(emulation::enqueue_kernel(
+            emulation::make_launch<Kernel>(config.grid, config.block, config.shared_bytes,
+                                           std::forward<Args>(args)...),
+            config.stream),
+        name);
+#else
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.shared_bytes;
+  launch_config.stream = config.stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch_config.attrs = &attribute;
+  launch_config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&launch_config, Kernel, std::forward<Args>(args)...), name);
+#endif
+}
+
+inline unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+}  // namespace frspec::cuda
