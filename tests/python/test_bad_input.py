@@ -408,7 +408,7 @@ def test_no_memory_for_the_plan(refused, files, capfd) -> None:
     line = refused("generate", *args, "--memory-limit", "5MB", expect=("5000000",))
     assert "max_context of" in line and "would fit" in line
     fitting = int(line.split("max_context of ")[1].split()[0])
-    args += ["--memory-limit", "3MB", "--max-context", fitting]
+    args += ["--memory-limit", "5MB", "--max-context", fitting]
     assert cli.main(["generate", *map(str, args)]) == 0
     capfd.readouterr()
     refused("generate", "--model", files.model, *PROMPT, "--memory-limit", 1000, expect=(1000,))
