@@ -99,6 +99,15 @@ NB_MODULE(_core, m) {
       "The kinds of device of this build: name, available, description (or why it is not),"
       " available_bytes.");
 
+  m.def(
+      "default_tree",
+      [](const std::string& device) {
+        const frspec::TreeShape tree = frspec::make_backend(device, 0)->default_tree();
+        return nb::make_tuple(tree.depth, tree.topk, tree.tokens);
+      },
+      "device"_a, nb::sig("def default_tree(device: str) -> tuple[int, int, int]"),
+      "Depth, topk and tokens of the draft tree that suits a device.");
+
   nb::class_<Engine>(m, "Engine", "Target, drafter and memory; one sequence at a time.")
       .def(
           "__init__",

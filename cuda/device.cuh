@@ -16,9 +16,9 @@
 #include "cuda_emulation.h"
 
 // SHARED(float, sums, [8]): one object for each block.
-#define SHARED(T, name, ...)                                         \
-  static char shared_key_##name;                                     \
-  auto& name = *static_cast<std::type_identity_t<T __VA_ARGS__>*>(   \
+#define SHARED(T, name, ...)                                       \
+  static char shared_key_##name;                                   \
+  auto& name = *static_cast<std::type_identity_t<T __VA_ARGS__>*>( \
       ::emulation::shared_static(&shared_key_##name, sizeof(T __VA_ARGS__), alignof(T), #name))
 
 namespace frspec::cuda {

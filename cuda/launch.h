@@ -1,4 +1,5 @@
-// launch<kernel>(config, args...): checked, on an explicit stream; the only way kernels are started.
+// launch<kernel>(config, args...): checked, on an explicit stream; the only way kernels are
+// started.
 #pragma once
 
 #include <cuda_runtime.h>

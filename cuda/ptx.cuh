@@ -79,9 +79,9 @@ FRSPEC_PTX float exp2_approximate(float x) {
   return y;
 }
 
-// Programmatic dependent launch: the kernel behind this one in the stream may start now, and what it
-// reads of this one's results it reads after dependency_wait(). Without it (compute capability below
-// 9.0, or a launch without the attribute) both do nothing.
+// Programmatic dependent launch: the kernel behind this one in the stream may start now, and what
+// it reads of this one's results it reads after dependency_wait(). Without it (compute capability
+// below 9.0, or a launch without the attribute) both do nothing.
 FRSPEC_PTX void dependency_launch() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

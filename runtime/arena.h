@@ -31,8 +31,8 @@ struct MemoryPlan {
 
 class Arena {
  public:
-  // Cache lines of every CPU, and the strictest alignment of vector loads and bulk copies.
-  static constexpr size_t kAlignment = 128;
+  // More than cache lines, vector loads and bulk copies ask for: what cuBLAS asks of its workspace.
+  static constexpr size_t kAlignment = 256;
 
   Arena() = default;  // planning: every take() returns null
   Arena(void* base, size_t capacity) : base_(static_cast<char*>(base)), capacity_(capacity) {}

@@ -95,7 +95,9 @@ struct DeviceInfo {
 // The largest sizes that any op will be asked for; a backend plans its scratch memory from them.
 struct WorkspaceLimits {
   int64_t rows = 0;          // n of any op
+  int64_t round_rows = 0;    // n of passes with ancestors, and of Rows::kTarget
   int64_t choice_rows = 0;   // n of choose_tokens
+  int64_t beam_rows = 0;     // n and k of topk_logprobs
   int64_t vocab = 0;         // V
   int64_t visible = 0;       // visible slots of a row
   int64_t query_heads = 0;   // H
@@ -103,6 +105,7 @@ struct WorkspaceLimits {
   int64_t group_heads = 0;   // H / K
   int64_t in_features = 0;   // of any linear
   int64_t out_features = 0;  // of any linear but the head
+  int64_t ffn_features = 0;  // f
 };
 
 class Backend {
@@ -112,6 +115,8 @@ class Backend {
   // ==== Memory and device
 
   virtual DeviceInfo info() const = 0;
+  // What drafts pay on such a device, as far as that can be said without knowing the drafter.
+  virtual TreeShape default_tree() const = 0;
   virtual DType activation_dtype(DType weight_dtype) const = 0;
   virtual DType kv_dtype(DType weight_dtype) const = 0;
 
@@ -130,6 +135,8 @@ class Backend {
   virtual void* allocate(size_t bytes) = 0;
   virtual void upload(void* destination, const void* host_source, size_t bytes) = 0;
   virtual void download(void* host_destination, const void* source, size_t bytes) = 0;
+  // No more weights will come: what loading alone needed is given back.
+  virtual void end_load() = 0;
 
   // ==== Repeated work
 
@@ -207,7 +214,9 @@ class Backend {
                          const int32_t* path, const int32_t* path_length) = 0;
 };
 
-// threads: 0 = all that the process may use. RequestError for nonsense, DeviceError when absent.
+// device: "cpu", "cuda" (the first GPU), "cuda:N", or "auto": a GPU if this build and the machine
+// have one, else the CPU. threads: of the CPU, 0 = all that the process may use. RequestError for
+// nonsense, DeviceError when absent.
 std::unique_ptr<Backend> make_backend(const std::string& device, int threads);
 
 }  // namespace frspec

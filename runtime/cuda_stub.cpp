@@ -6,8 +6,8 @@
 
 namespace frspec {
 
-std::unique_ptr<Backend> make_cuda_backend() {
-  throw DeviceError("device 'cuda' was asked for, but this build has no CUDA");
+std::unique_ptr<Backend> make_cuda_backend(int) {
+  throw DeviceError("this build has no CUDA: " FRSPEC_NO_CUDA_REASON);
 }
 
 }  // namespace frspec

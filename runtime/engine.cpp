@@ -116,6 +116,38 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   pass_rows_ = std::max(std::min(chunk, max_context), nodes);
   pass_rows_ = (pass_rows_ + kPromptRowMultiple - 1) / kPromptRowMultiple * kPromptRowMultiple;
 
+  const ModelConfig& config = target_.config;
+  WorkspaceLimits limits;
+  limits.rows = std::max(pass_rows_, beam_rows);
+  limits.round_rows = std::max(nodes, beam_rows);
+  limits.choice_rows = nodes;
+  limits.beam_rows = beam_rows;
+  limits.vocab = config.vocab_size;
+  limits.visible = max_context + std::max(nodes, depth * beam_rows);
+  limits.query_heads = config.num_heads;
+  limits.head_dim = config.head_dim;
+  limits.group_heads = config.num_heads / config.num_kv_heads;
+  const int64_t q_width = config.num_heads * config.head_dim;
+  const int64_t kv_width = config.num_kv_heads * config.head_dim;
+  limits.in_features = std::max({config.hidden_size, q_width, config.intermediate_size});
+  limits.out_features =
+      std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size});
+  limits.ffn_features = config.intermediate_size;
+  if (eagle_ != nullptr) {
+    const ModelConfig& draft = eagle_->config;
+    const int64_t draft_q = draft.num_heads * draft.head_dim;
+    const int64_t draft_kv = draft.num_kv_heads * draft.head_dim;
+    limits.query_heads = std::max(limits.query_heads, draft.num_heads);
+    limits.ffn_features = std::max(limits.ffn_features, draft.intermediate_size);
+    limits.head_dim = std::max(limits.head_dim, draft.head_dim);
+    limits.group_heads = std::max(limits.group_heads, draft.num_heads / draft.num_kv_heads);
+    limits.in_features =
+        std::max({limits.in_features, 2 * draft.hidden_size, draft_q, draft.intermediate_size});
+    limits.out_features =
+        std::max({limits.out_features, draft_q + 2 * draft_kv, draft.intermediate_size});
+  }
+  backend_->layout(arena, limits);
+
   target_.layout(*backend_, arena, *target_checkpoint_, dtype_, max_context + nodes,
                  max_context + depth, pass_rows_);
   if (eagle_ != nullptr) {
@@ -123,7 +155,6 @@ void Engine::layout(Arena& arena, int64_t max_context) {
                    pass_rows_);
   }
 
-  const ModelConfig& config = target_.config;
   constexpr const char* kBuffers = "target activations";
   features_ = arena.take_tensor(kBuffers, backend_->activation_dtype(dtype_), pass_rows_,
                                 config.hidden_size);
@@ -156,33 +187,6 @@ void Engine::layout(Arena& arena, int64_t max_context) {
     walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1, {root_, root_ + 1}};
   }
   sampling_ = arena.take_array<Sampling>(kRound, 1);
-
-  WorkspaceLimits limits;
-  limits.rows = std::max(pass_rows_, beam_rows);
-  limits.choice_rows = nodes;
-  limits.vocab = config.vocab_size;
-  limits.visible = max_context + std::max(nodes, depth * beam_rows);
-  limits.query_heads = config.num_heads;
-  limits.head_dim = config.head_dim;
-  limits.group_heads = config.num_heads / config.num_kv_heads;
-  const int64_t q_width = config.num_heads * config.head_dim;
-  const int64_t kv_width = config.num_kv_heads * config.head_dim;
-  limits.in_features = std::max({config.hidden_size, q_width, config.intermediate_size});
-  limits.out_features =
-      std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size});
-  if (eagle_ != nullptr) {
-    const ModelConfig& draft = eagle_->config;
-    const int64_t draft_q = draft.num_heads * draft.head_dim;
-    const int64_t draft_kv = draft.num_kv_heads * draft.head_dim;
-    limits.query_heads = std::max(limits.query_heads, draft.num_heads);
-    limits.head_dim = std::max(limits.head_dim, draft.head_dim);
-    limits.group_heads = std::max(limits.group_heads, draft.num_heads / draft.num_kv_heads);
-    limits.in_features =
-        std::max({limits.in_features, 2 * draft.hidden_size, draft_q, draft.intermediate_size});
-    limits.out_features =
-        std::max({limits.out_features, draft_q + 2 * draft_kv, draft.intermediate_size});
-  }
-  backend_->layout(arena, limits);
 }
 
 int64_t Engine::longest_context_within(size_t bytes) {
@@ -227,6 +231,7 @@ void Engine::load() {
   std::vector<int32_t> index(static_cast<size_t>(pass_rows_));
   std::iota(index.begin(), index.end(), 0);
   backend_->upload(pass_rows_index_, index.data(), index.size() * sizeof(int32_t));
+  backend_->end_load();
   target_checkpoint_.reset();
   drafter_checkpoint_.reset();
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import hub
+from . import _core, hub
 from ._core import Engine
 from .errors import RequestError
 from .ranking import Ranking
@@ -30,10 +30,6 @@ class Tree:
     depth: int
     topk: int
     tokens: int
-
-
-# Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
-CPU_TREE = Tree(depth=1, topk=3, tokens=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +64,12 @@ class Generator:
     """A target model, and a drafter if there is one, in memory and ready to write.
 
     model, drafter: folder or hub id. ranking: a ranking file (`frspec rank-tokens`), of which the
-    drafter scores the vocab_size most frequent tokens; None or "full": the whole vocabulary. dtype:
-    "bf16", "fp16" or "fp32" for the weights in memory, by default as they are stored. max_context:
-    tokens of prompt and answer together. memory_limit: bytes. threads: CPU threads, by default all
-    that the process may use. tree: shape of the draft tree, by default what suits the device.
+    drafter scores the vocab_size most frequent tokens; None or "full": the whole vocabulary.
+    device: "cpu", "cuda" (the first GPU), "cuda:N", or "auto", a GPU if there is one.
+    dtype: "bf16", "fp16" or "fp32" for the weights in memory, by default as they are stored (fp32
+    on a CPU only). max_context: tokens of prompt and answer together. memory_limit: bytes.
+    threads: CPU threads, by default all that the process may use. tree: shape of the draft tree,
+    by default what suits the device.
 
     One sequence at a time. A prompt that begins like the previous sequence reuses its KV cache.
     The output does not depend on drafter, ranking, vocab_size, tree, method or threads.
@@ -85,7 +83,7 @@ class Generator:
         drafter: str | os.PathLike[str] | None = None,
         ranking: str | os.PathLike[str] | None = None,
         vocab_size: int | Literal["full"] | None = None,
-        device: Literal["auto", "cpu", "cuda"] = "auto",
+        device: str = "auto",
         dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         max_context: int | None = None,
         memory_limit: int | None = None,
@@ -340,6 +338,11 @@ class TextStream(Iterator[str]):
         return rest
 
 
+def default_tree(device: str = "auto") -> Tree:
+    """The draft tree that suits a device: small on a CPU, FR-Spec's own on a GPU."""
+    return Tree(*_core.default_tree(device))
+
+
 def plan_engine(
     model: str | os.PathLike[str],
     drafter: str | os.PathLike[str] | None = None,
@@ -366,7 +369,7 @@ def plan_engine(
         if not sub_vocab_size:  # the engine will not read it: a wrong file is an error all the same
             Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
     if tree is None:
-        tree = CPU_TREE
+        tree = default_tree(device)
     options = {
         "max_context": _option("max_context", max_context),
         "memory_limit": _option("memory_limit", memory_limit),

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
-from .generator import CPU_TREE, Tree
+from .generator import Tree, default_tree
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -45,7 +45,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """--device, --dtype, --max-context, --memory-limit, --threads"""
     group = parser.add_argument_group("machine")
     group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
+        "--device",
+        default="auto",
+        metavar="cpu|cuda|auto",
+        help="cuda:N for the GPU of that number; auto: a GPU if there is one (default: auto)",
     )
     group.add_argument(
         "--dtype",
@@ -75,12 +78,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def add_tree_options(parser: argparse.ArgumentParser) -> None:
     """--tree-depth, --tree-topk, --tree-tokens"""
     group = parser.add_argument_group("draft tree")
-    for option, metavar, help, default in (
-        ("--tree-depth", "D", "levels drafted in a round", CPU_TREE.depth),
-        ("--tree-topk", "K", "nodes kept in each level", CPU_TREE.topk),
-        ("--tree-tokens", "N", "nodes verified in a round", CPU_TREE.tokens),
+    for option, metavar, help, cpu, gpu in (
+        ("--tree-depth", "D", "levels drafted in a round", 1, 6),
+        ("--tree-topk", "K", "nodes kept in each level", 3, 10),
+        ("--tree-tokens", "N", "nodes verified in a round", 4, 60),
     ):
-        help += f" (default on a CPU: {default})"
+        help += f" (default: {cpu} on a CPU, {gpu} on a GPU)"
         group.add_argument(option, type=int, metavar=metavar, help=help)
 
 
@@ -151,7 +154,7 @@ def draft_tree(args: argparse.Namespace) -> Tree | None:
     """The tree of --tree-*, with the defaults for what is not given; None when nothing is."""
     sizes = {"depth": args.tree_depth, "topk": args.tree_topk, "tokens": args.tree_tokens}
     given = {name: size for name, size in sizes.items() if size is not None}
-    return dataclasses.replace(CPU_TREE, **given) if given else None
+    return dataclasses.replace(default_tree(args.device), **given) if given else None
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:

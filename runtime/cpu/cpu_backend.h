@@ -38,6 +38,8 @@ class CpuBackend final : public Backend {
   CpuBackend(int threads, const Kernels& kernels);
 
   DeviceInfo info() const override;
+  // Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
+  TreeShape default_tree() const override { return {1, 3, 4}; }
   DType activation_dtype(DType) const override { return DType::kF32; }
   DType kv_dtype(DType) const override { return DType::kF32; }
   int64_t prompt_chunk() const override { return 0; }
@@ -46,6 +48,7 @@ class CpuBackend final : public Backend {
   void* allocate(size_t bytes) override;
   void upload(void* destination, const void* host_source, size_t bytes) override;
   void download(void* host_destination, const void* source, size_t bytes) override;
+  void end_load() override {}
 
   void run(const WorkKey&, const std::function<void()>& body) override { body(); }
   void post(const void* source, size_t bytes) override;

@@ -30,20 +30,28 @@ class FolderWriter {
     std::filesystem::create_directories(folder_);
   }
 
-  void normal(const std::string& name, std::vector<int64_t> shape, float scale, float mean = 0.0f) {
+  std::vector<float> normal(const std::string& name, std::vector<int64_t> shape, float scale,
+                            float mean = 0.0f) {
     std::normal_distribution<float> noise(mean, scale);
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     std::vector<float> values(static_cast<size_t>(count));
     for (float& value : values) value = noise(random_);
+    tensor(name, shape, values);
+    return values;
+  }
+
+  void tensor(const std::string& name, const std::vector<int64_t>& shape,
+              const std::vector<float>& values) {
     const size_t begin = bytes_.size();
     bytes_.resize(begin + values.size() * sizeof(float));
     std::memcpy(bytes_.data() + begin, values.data(), values.size() * sizeof(float));
     header_[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {begin, bytes_.size()}}};
   }
 
-  void decoder_layer(const std::string& prefix, const TinySizes& s, bool input_norm) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(s.hidden));
+  void decoder_layer(const std::string& prefix, const TinySizes& s, bool input_norm,
+                     float strength = 1.0f) {
+    const float scale = strength / std::sqrt(static_cast<float>(s.hidden));
     const int64_t q = s.heads * s.head_dim;
     const int64_t kv = s.kv_heads * s.head_dim;
     if (input_norm) normal(prefix + "input_layernorm.weight", {s.hidden}, 0.1f, 1.0f);
@@ -57,7 +65,7 @@ class FolderWriter {
     normal(prefix + "mlp.down_proj.weight", {s.hidden, s.ffn}, scale);
   }
 
-  std::string finish(const TinySizes& s, int64_t layers) {
+  std::string finish(const TinySizes& s, int64_t layers, bool tied = true) {
     const nlohmann::json config = {{"architectures", {"LlamaForCausalLM"}},
                                    {"model_type", "llama"},
                                    {"hidden_size", s.hidden},
@@ -70,7 +78,7 @@ class FolderWriter {
                                    {"max_position_embeddings", 2048},
                                    {"rms_norm_eps", 1e-5},
                                    {"rope_theta", 10000.0},
-                                   {"tie_word_embeddings", true},
+                                   {"tie_word_embeddings", tied},
                                    {"hidden_act", "silu"},
                                    {"eos_token_id", 1},
                                    {"torch_dtype", "float32"}};
@@ -108,6 +116,77 @@ inline std::string write_tiny_drafter(const std::string& name, const TinySizes& 
   writer.normal("fc.bias", {s.hidden}, 0.1f);
   writer.decoder_layer("layers.0.", s, false);
   return writer.finish(s, 1);
+}
+
+// A target that mostly goes from token t to token 3 t + 1 (mod the vocabulary), and a drafter that
+// knows: drafts are accepted now and then, at temperature 1 too.
+inline std::string write_predictable_target(const std::string& name, const TinySizes& s) {
+  FolderWriter writer(name, 7);
+  const auto embedding = writer.normal("model.embed_tokens.weight", {s.vocab, s.hidden}, 1.0f);
+  for (int64_t i = 0; i < s.layers; ++i) {
+    writer.decoder_layer("model.layers." + std::to_string(i) + ".", s, true, 0.4f);
+  }
+  writer.normal("model.norm.weight", {s.hidden}, 0.1f, 1.0f);
+  std::vector<float> head(embedding.size());
+  for (int64_t token = 0; token < s.vocab; ++token) {
+    const int64_t next = (3 * token + 1) % s.vocab;
+    for (int64_t i = 0; i < s.hidden; ++i) {
+      head[static_cast<size_t>(next * s.hidden + i)] =
+          0.1f * embedding[static_cast<size_t>(token * s.hidden + i)];
+    }
+  }
+  writer.tensor("lm_head.weight", {s.vocab, s.hidden}, head);
+  return writer.finish(s, s.layers, false);
+}
+
+inline std::string write_predictable_drafter(const std::string& name, const TinySizes& s) {
+  FolderWriter writer(name, 8);
+  std::vector<float> fc(static_cast<size_t>(2 * s.hidden * s.hidden), 0.0f);
+  for (int64_t i = 0; i < s.hidden; ++i) fc[static_cast<size_t>(i * 2 * s.hidden + i)] = 1.0f;
+  writer.tensor("fc.weight", {s.hidden, 2 * s.hidden}, fc);
+  writer.decoder_layer("layers.0.", s, false, 0.4f);
+  return writer.finish(s, 1);
+}
+
+// A ranking of all token ids, each third one first.
+inline std::string write_tiny_ranking(const std::string& name, int64_t vocab) {
+  const std::filesystem::path path =
+      std::filesystem::temp_directory_path() / ("frspec_test_" + name + ".safetensors");
+  std::vector<int32_t> tokens;
+  for (int64_t first = 0; first < 3; ++first) {
+    for (int64_t token = first; token < vocab; token += 3) {
+      tokens.push_back(static_cast<int32_t>(token));
+    }
+  }
+  std::vector<int64_t> counts(tokens.size());
+  for (size_t i = 0; i < counts.size(); ++i) counts[i] = static_cast<int64_t>(counts.size() - i);
+  const size_t count_bytes = counts.size() * sizeof(int64_t);
+  const size_t token_bytes = tokens.size() * sizeof(int32_t);
+  const nlohmann::json header = {
+      {"__metadata__",
+       {{"format", "frspec-ranking"},
+        {"version", "1"},
+        {"tokenizer_fingerprint", ""},
+        {"special_ids", "[]"},
+        {"vocab_size", std::to_string(vocab)},
+        {"corpus", "made up"},
+        {"tokens_counted", "1"}}},
+      {"counts", {{"dtype", "I64"}, {"shape", {vocab}}, {"data_offsets", {0, count_bytes}}}},
+      {"token_ids",
+       {{"dtype", "I32"},
+        {"shape", {vocab}},
+        {"data_offsets", {count_bytes, count_bytes + token_bytes}}}}};
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const uint64_t size = text.size();
+  std::ofstream file(path, std::ios::binary);
+  file.write(reinterpret_cast<const char*>(&size), sizeof(size));
+  file << text;
+  file.write(reinterpret_cast<const char*>(counts.data()),
+             static_cast<std::streamsize>(count_bytes));
+  file.write(reinterpret_cast<const char*>(tokens.data()),
+             static_cast<std::streamsize>(token_bytes));
+  return path.string();
 }
 
 }  // namespace frspec::test

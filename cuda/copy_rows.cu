@@ -1,0 +1,106 @@
+// Small data movers: gathers of rows, numbering of rows, and the elementwise parts of products that
+// cuBLAS does.
+#include "dispatch.h"
+#include "kernels.h"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace frspec::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// One block for each row, 16 bytes for each thread and step.
+__global__ void __launch_bounds__(kThreads)
+    copy_rows_kernel(uint4* out, int64_t out_stride, const uint4* source, int64_t source_stride,
+                     int64_t source_rows, const int32_t* rows, int pieces) {
+  dependency_launch();
+  dependency_wait();
+  int64_t row = rows[blockIdx.x];
+  // A row outside is a bug of the caller, but not a reason to read foreign memory.
+  row = row < 0 ? 0 : row < source_rows ? row : source_rows - 1;
+  uint4* to = out + blockIdx.x * out_stride;
+  const uint4* from = source + row * source_stride;
+  for (int i = threadIdx.x; i < pieces; i += kThreads) to[i] = from[i];
+}
+
+__global__ void __launch_bounds__(kThreads)
+    number_rows_kernel(int32_t* positions, int32_t* prefix, const int32_t* end, int n) {
+  dependency_launch();
+  dependency_wait();
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const int32_t position = *end - n + i;
+  positions[i] = position;
+  prefix[i] = position + 1;
+}
+
+// One block for each row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    fill_rows_kernel(T* out, int64_t out_stride, const float* bias, const T* residual,
+                     int64_t residual_stride, int cols) {
+  dependency_launch();
+  dependency_wait();
+  for (int i = threadIdx.x; i < cols; i += kThreads) {
+    float value = bias == nullptr ? 0.0f : bias[i];
+    if (residual != nullptr) value += to_float(residual[blockIdx.x * residual_stride + i]);
+    out[blockIdx.x * out_stride + i] = from_float<T>(value);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    multiply_silu_kernel(T* up, int64_t up_stride, const T* gate, int64_t gate_stride, int cols) {
+  dependency_launch();
+  dependency_wait();
+  for (int i = threadIdx.x; i < cols; i += kThreads) {
+    const float g = to_float(gate[blockIdx.x * gate_stride + i]);
+    const float u = to_float(up[blockIdx.x * up_stride + i]);
+    up[blockIdx.x * up_stride + i] = from_float<T>(g / (1.0f + __expf(-g)) * u);
+  }
+}
+
+}  // namespace
+
+void copy_rows(const Tensor& out, const void* source, int64_t source_stride, int64_t source_rows,
+               const int32_t* rows, cudaStream_t stream) {
+  if (out.rows == 0) return;
+  check_rows("copy_rows", out);
+  const int64_t elements = 16 / static_cast<int64_t>(dtype_size(out.dtype));
+  FRSPEC_CHECK(source_stride % elements == 0, Error, "copy_rows: source rows at stride ",
+               source_stride, " are not aligned to 16 bytes");
+  launch<copy_rows_kernel>({dim3(ceil_div(out.rows, 1)), dim3(kThreads), stream}, "copy_rows",
+                           static_cast<uint4*>(out.data), out.stride / elements,
+                           static_cast<const uint4*>(source), source_stride / elements, source_rows,
+                           rows, static_cast<int>(out.cols / elements));
+}
+
+void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n,
+                 cudaStream_t stream) {
+  launch<number_rows_kernel>({dim3(ceil_div(n, kThreads)), dim3(kThreads), stream}, "number_rows",
+                             positions, prefix, end, static_cast<int>(n));
+}
+
+void fill_rows(const Tensor& out, const float* bias, const Tensor* residual, cudaStream_t stream) {
+  with_element(out.dtype, "fill_rows", [&](auto element) {
+    using T = decltype(element);
+    launch<fill_rows_kernel<T>>(
+        {dim3(ceil_div(out.rows, 1)), dim3(kThreads), stream}, "fill_rows",
+        static_cast<T*>(out.data), out.stride, bias,
+        residual == nullptr ? nullptr : static_cast<const T*>(residual->data),
+        residual == nullptr ? int64_t{0} : residual->stride, static_cast<int>(out.cols));
+  });
+}
+
+void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream) {
+  with_element(up.dtype, "multiply_silu", [&](auto element) {
+    using T = decltype(element);
+    launch<multiply_silu_kernel<T>>({dim3(ceil_div(up.rows, 1)), dim3(kThreads), stream},
+                                    "multiply_silu", static_cast<T*>(up.data), up.stride,
+                                    static_cast<const T*>(gate.data), gate.stride,
+                                    static_cast<int>(up.cols));
+  });
+}
+
+}  // namespace frspec::cuda

@@ -1,0 +1,112 @@
+# The CUDA backend's part of the build, included by CMakeLists.txt. Kernels are compiled by nvcc, of a
+# system toolkit or of the PyPI packages (nvidia-cuda-nvcc and those it needs). No CUDA library is
+# linked but the static runtime, which opens the driver at run time, as cublas.cpp opens cuBLAS.
+#
+#   FRSPEC_CUDA        AUTO (default): where nvcc is found; ON: or fail; OFF
+#   FRSPEC_NVCC        the compiler, where it is not found by itself
+#   FRSPEC_CUDA_ARCHS  compute capabilities, e.g. "80;90a", or "native"; default: each major one from
+#                      8.0 on that nvcc knows, or the environment variable of that name
+#
+# Sets FRSPEC_CUDA_FOUND, or FRSPEC_NO_CUDA_REASON; and FRSPEC_CUDA_INCLUDE where there is a toolkit,
+# whose headers the emulation of tests/emulation needs.
+
+set(FRSPEC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
+set(FRSPEC_CUDA_ARCHS "$ENV{FRSPEC_CUDA_ARCHS}" CACHE STRING
+    "Compute capabilities of the kernels; empty: all major ones")
+
+set(FRSPEC_NO_CUDA_REASON "")
+# Where pip has put a toolkit, also seen from an isolated build.
+find_package(Python 3.10 QUIET COMPONENTS Interpreter)
+set(python_toolkit "")
+if(Python_FOUND)
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c
+            "import sysconfig; print(sysconfig.get_path('purelib') + '/nvidia/cu13')"
+    OUTPUT_VARIABLE python_toolkit OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+find_program(FRSPEC_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH ${python_toolkit}
+             PATHS /usr/local/cuda PATH_SUFFIXES bin)
+if(FRSPEC_NVCC)
+  execute_process(COMMAND ${FRSPEC_NVCC} -dryrun -c x.cu ERROR_VARIABLE dryrun OUTPUT_QUIET)
+  string(REGEX MATCH "TOP=([^\n]*)" unused "${dryrun}")
+  get_filename_component(toolkit "${CMAKE_MATCH_1}" REALPATH)
+  file(GLOB target_folders ${toolkit}/targets/*-linux)
+  find_path(FRSPEC_CUDA_INCLUDE cuda_runtime.h NO_DEFAULT_PATH PATHS ${toolkit} ${target_folders}
+            PATH_SUFFIXES include)
+  find_library(FRSPEC_CUDART libcudart_static.a NO_DEFAULT_PATH PATHS ${toolkit} ${target_folders}
+               PATH_SUFFIXES lib64 lib)
+  execute_process(COMMAND ${FRSPEC_NVCC} --version OUTPUT_VARIABLE version ERROR_QUIET)
+  string(REGEX MATCH "release ([0-9]+)\\." unused "${version}")
+  if(NOT FRSPEC_CUDA_INCLUDE OR NOT FRSPEC_CUDART)
+    set(FRSPEC_NO_CUDA_REASON
+        "${FRSPEC_NVCC} has no cuda_runtime.h or libcudart_static.a beside it (${toolkit})")
+  elseif(CMAKE_MATCH_1 LESS 12)
+    set(FRSPEC_NO_CUDA_REASON "expected CUDA 12 or newer, found ${FRSPEC_NVCC} of ${CMAKE_MATCH_1}")
+  endif()
+else()
+  set(FRSPEC_NO_CUDA_REASON "nvcc was not found when it was built")
+endif()
+if(FRSPEC_CUDA STREQUAL "OFF")
+  set(FRSPEC_NO_CUDA_REASON "it was built with FRSPEC_CUDA=OFF")
+endif()
+
+if(FRSPEC_NO_CUDA_REASON)
+  set(FRSPEC_CUDA_FOUND FALSE)
+  if(FRSPEC_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "CUDA: ${FRSPEC_NO_CUDA_REASON}")
+  endif()
+  message(STATUS "CUDA: ${FRSPEC_NO_CUDA_REASON}; building for the CPU alone")
+  return()
+endif()
+set(FRSPEC_CUDA_FOUND TRUE)
+
+set(archs "${FRSPEC_CUDA_ARCHS}")
+if(NOT archs)
+  execute_process(COMMAND ${FRSPEC_NVCC} --list-gpu-code OUTPUT_VARIABLE codes)
+  string(REGEX MATCHALL "sm_([0-9]+)0\n" codes "${codes}")
+  foreach(code IN LISTS codes)
+    string(REGEX REPLACE "sm_([0-9]+)\n" "\\1" code "${code}")
+    if(code GREATER_EQUAL 80)
+      list(APPEND archs ${code})
+    endif()
+  endforeach()
+  list(SORT archs COMPARE NATURAL)
+endif()
+set(gencode "")
+if(archs STREQUAL "native")
+  set(gencode -arch=native)
+else()
+  foreach(arch IN LISTS archs)
+    list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
+  endforeach()
+  # GPUs newer than all of these compile the newest one's PTX.
+  list(GET archs -1 newest)
+  list(APPEND gencode -gencode arch=compute_${newest},code=compute_${newest})
+endif()
+message(STATUS "CUDA: ${FRSPEC_NVCC}, compute capabilities ${archs}")
+
+# Contraction is spelled out in the kernels: two instantiations of one kernel must round alike.
+set(nvcc_flags -std=c++20 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler=-fPIC
+               -I${PROJECT_SOURCE_DIR}/runtime -I${PROJECT_SOURCE_DIR}/cuda)
+if(FRSPEC_WERROR)
+  list(APPEND nvcc_flags --Werror all-warnings)
+endif()
+
+# Objects of the kernels, in `result`.
+function(frspec_compile_kernels result)
+  set(objects "")
+  foreach(source IN LISTS ARGN)
+    get_filename_component(name ${source} NAME_WE)
+    set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
+    add_custom_command(
+      OUTPUT ${object}
+      COMMAND ${CMAKE_COMMAND} -E make_directory ${PROJECT_BINARY_DIR}/cuda
+      COMMAND ${FRSPEC_NVCC} ${nvcc_flags} ${gencode} -MD -MF ${object}.d -MT ${object} -c ${source}
+              -o ${object}
+      DEPENDS ${source} DEPFILE ${object}.d
+      COMMENT "Compiling kernels of ${name}.cu"
+      COMMAND_EXPAND_LISTS VERBATIM)
+    list(APPEND objects ${object})
+  endforeach()
+  set(${result} ${objects} PARENT_SCOPE)
+endfunction()

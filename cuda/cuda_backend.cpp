@@ -1,0 +1,372 @@
+#include "cuda_backend.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+
+#include "dispatch.h"
+#include "launch.h"
+
+namespace frspec::cuda {
+namespace {
+
+// More rows than this, and not the target's, go through cuBLAS.
+constexpr int64_t kSkinnyRows = 64;
+constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;  // what cuBLAS recommends for Hopper
+constexpr int64_t kLeastLengthBound = 512;
+constexpr int kOldestMajor = 8;
+
+std::string version_text(int version) { return concat(version / 1000, ".", version % 1000 / 10); }
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+void check_device(int device) {
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "asking for the driver's version");
+  int runtime = 0;
+  check(cudaRuntimeGetVersion(&runtime), "asking for the runtime's version");
+  FRSPEC_CHECK(driver != 0, DeviceError, "no NVIDIA driver was found (libcuda.so.1)");
+  FRSPEC_CHECK(driver / 1000 >= runtime / 1000, DeviceError, "the NVIDIA driver supports CUDA ",
+               version_text(driver), "; this build needs ", version_text(runtime), " or newer");
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorNoDevice) count = 0;
+  if (error != cudaSuccess && error != cudaErrorNoDevice) {
+    throw_cuda_error(error, "looking for devices");
+  }
+  FRSPEC_CHECK(count > 0, DeviceError, "the driver sees no NVIDIA GPU");
+  FRSPEC_CHECK(device >= 0 && device < count, DeviceError, "device cuda:", device,
+               " was asked for, but the driver sees ", count, " (cuda:0 to cuda:", count - 1, ")");
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(int device) : device_(device) {
+  check_device(device);
+  check(cudaGetDeviceProperties(&properties_, device), "asking for the device's properties");
+  FRSPEC_CHECK(properties_.major >= kOldestMajor, DeviceError, properties_.name,
+               " has compute capability ", properties_.major, ".", properties_.minor,
+               "; the kernels need ", kOldestMajor, ".0 or newer");
+  check(cudaSetDevice(device), "choosing the device");
+  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  for (cudaEvent_t& event : marks_) check(cudaEventCreate(&event), "creating an event");
+  mailbox_ = PinnedMemory(kMailboxBytes);
+}
+
+CudaBackend::~CudaBackend() {
+  cudaSetDevice(device_);
+  cudaStreamSynchronize(stream_);
+  uploader_.reset();
+  for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
+  if (cublas_ != nullptr) cublas_api().destroy(cublas_);
+  for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
+  cudaStreamDestroy(stream_);
+}
+
+// ==== Memory and device
+
+DeviceInfo CudaBackend::info() const {
+  size_t free = 0;
+  size_t total = 0;
+  check(cudaSetDevice(device_), "choosing the device");
+  check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  return {concat("cuda:", device_),
+          concat(properties_.name, ", compute capability ", properties_.major, ".",
+                 properties_.minor, ", ", properties_.multiProcessorCount, " multiprocessors"),
+          free};
+}
+
+int64_t CudaBackend::length_bound(int64_t length) const {
+  return std::max(kLeastLengthBound,
+                  static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(length))));
+}
+
+void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
+  FRSPEC_CHECK(limits.head_dim <= 256 && limits.head_dim % 8 == 0, ModelError,
+               "CUDA attention has head_dim up to 256 in multiples of 8, found ", limits.head_dim);
+  limits_ = limits;
+  const char* name = "cuda workspace";
+  const int64_t skinny_rows = std::max(limits.round_rows, kSkinnyRows);
+  const LinearScratchSize linear =
+      most_linear_scratch(skinny_rows, properties_.multiProcessorCount);
+  linear_scratch_ = {arena.take_array<float>(name, linear.partial_floats), linear.partial_floats,
+                     arena.take_array<unsigned>(name, linear.tickets), linear.tickets};
+
+  const int64_t ranges = attention_ranges(length_bound(limits.visible));
+  const auto rows = static_cast<size_t>(ranges * limits.round_rows * limits.query_heads);
+  const auto row_floats = static_cast<size_t>(padded_head_dim(limits.head_dim));
+  attention_scratch_ = {arena.take_array<float>(name, rows * row_floats),
+                        arena.take_array<float2>(name, rows), rows};
+
+  const int64_t chunks = topk_chunks(limits.vocab) * limits.beam_rows;
+  topk_scratch_entries_ = chunks * limits.beam_rows;
+  topk_scratch_ = {arena.take_array<float2>(name, static_cast<size_t>(chunks)),
+                   arena.take_array<uint64_t>(name, static_cast<size_t>(topk_scratch_entries_))};
+  choice_scratch_ = arena.take_array<uint64_t>(
+      name, static_cast<size_t>(limits.choice_rows * 2 * choice_chunks(limits.vocab)));
+
+  gate_scratch_bytes_ =
+      static_cast<size_t>(round_up(limits.rows, kPromptRowMultiple) * limits.ffn_features) * 2;
+  gate_scratch_ = arena.take(name, gate_scratch_bytes_);
+  cublas_workspace_ = arena.take("cuBLAS workspace", kCublasWorkspaceBytes);
+  if (arena.planning()) return;
+  const CublasApi& cublas = cublas_api();
+  const auto check_cublas = [](int status, const char* doing) {
+    FRSPEC_CHECK(status == 0, DeviceError, doing, ": cuBLAS status ", status);
+  };
+  if (cublas_ == nullptr) check_cublas(cublas.create(&cublas_), "creating a cuBLAS handle");
+  check_cublas(cublas.set_stream(cublas_, stream_), "setting cuBLAS's stream");
+  check_cublas(cublas.set_workspace(cublas_, cublas_workspace_, kCublasWorkspaceBytes),
+               "setting cuBLAS's workspace");
+}
+
+void* CudaBackend::allocate(size_t bytes) {
+  check(cudaSetDevice(device_), "choosing the device");
+  memory_ = DeviceMemory();
+  memory_ = DeviceMemory(bytes);
+  check(cudaMemsetAsync(memory_.data(), 0, bytes, stream_), "clearing device memory");
+  uploader_ = std::make_unique<Uploader>(stream_);
+  return memory_.data();
+}
+
+void CudaBackend::upload(void* destination, const void* host_source, size_t bytes) {
+  check(cudaMemcpyAsync(destination, host_source, bytes, cudaMemcpyHostToDevice, stream_),
+        "uploading");
+}
+
+void CudaBackend::download(void* host_destination, const void* source, size_t bytes) {
+  check(cudaMemcpyAsync(host_destination, source, bytes, cudaMemcpyDeviceToHost, stream_),
+        "downloading");
+  synchronize();
+}
+
+void CudaBackend::end_load() {
+  synchronize();
+  uploader_.reset();
+}
+
+// ==== Repeated work
+
+void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
+  const GraphKey graph_key{key.kind, key.rows, key.length_bound};
+  auto found = graphs_.find(graph_key);
+  if (found == graphs_.end()) {
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
+    recording_ = true;
+    cudaGraph_t graph = nullptr;
+    try {
+      body();
+    } catch (...) {
+      recording_ = false;
+      cudaStreamEndCapture(stream_, &graph);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      throw;
+    }
+    recording_ = false;
+    check(cudaStreamEndCapture(stream_, &graph), "recording a graph");
+    cudaGraphExec_t executable = nullptr;
+    const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "instantiating a graph");
+    found = graphs_.emplace(graph_key, executable).first;
+  }
+  check(cudaGraphLaunch(found->second, stream_), "launching a graph");
+}
+
+void CudaBackend::post(const void* source, size_t bytes) {
+  FRSPEC_CHECK(bytes <= kMailboxBytes, Error, "post: ", bytes, " bytes, at most ", kMailboxBytes,
+               " are possible");
+  check(cudaMemcpyAsync(mailbox_.data(), source, bytes, cudaMemcpyDeviceToHost, stream_),
+        "posting results");
+}
+
+void CudaBackend::synchronize() { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
+
+void CudaBackend::mark(int stamp) {
+  check(cudaEventRecordWithFlags(marks_[stamp], stream_,
+                                 recording_ ? cudaEventRecordExternal : cudaEventRecordDefault),
+        "recording a time stamp");
+}
+
+double CudaBackend::seconds_between(int first, int second) const {
+  float milliseconds = 0.0f;
+  check(cudaEventElapsedTime(&milliseconds, marks_[first], marks_[second]), "reading time stamps");
+  return static_cast<double>(milliseconds) * 1e-3;
+}
+
+// ==== Weights
+
+size_t CudaBackend::linear_bytes(DType dtype, int64_t out_features, int64_t in_features) const {
+  FRSPEC_CHECK(dtype == DType::kBF16 || dtype == DType::kF16, ModelError,
+               "CUDA keeps weights in bf16 or fp16, found ", dtype_name(dtype),
+               "; choose with dtype='bf16' or dtype='fp16'");
+  FRSPEC_CHECK(in_features % 8 == 0, ModelError,
+               "CUDA needs matrix rows in multiples of 8 elements, found a matrix [", out_features,
+               ", ", in_features, "]");
+  return static_cast<size_t>(out_features * in_features) * dtype_size(dtype);
+}
+
+void CudaBackend::load_linear(const LinearWeight& weight, int64_t first_row,
+                              const Tensor& host_source) {
+  FRSPEC_CHECK(host_source.cols == weight.in_features && first_row >= 0 &&
+                   first_row + host_source.rows <= weight.out_features && uploader_ != nullptr,
+               Error, "load_linear: source [", host_source.rows, ", ", host_source.cols,
+               "] at row ", first_row, " does not fit weight [", weight.out_features, ", ",
+               weight.in_features, "]");
+  char* destination =
+      static_cast<char*>(weight.data) +
+      first_row * weight.in_features * static_cast<int64_t>(dtype_size(weight.dtype));
+  uploader_->upload(destination, weight.dtype, host_source);
+}
+
+void CudaBackend::load_vector(float* destination, const Tensor& host_source) {
+  FRSPEC_CHECK(host_source.rows == 1 && uploader_ != nullptr, Error,
+               "load_vector: expected a vector, found [", host_source.rows, ", ", host_source.cols,
+               "]");
+  uploader_->upload(destination, DType::kF32, host_source);
+}
+
+void CudaBackend::gather_linear(const LinearWeight& destination, const LinearWeight& source,
+                                const int32_t* host_rows) {
+  const auto count = static_cast<size_t>(destination.out_features);
+  FRSPEC_CHECK(destination.dtype == source.dtype && destination.in_features == source.in_features &&
+                   count <= linear_scratch_.partial_floats,
+               Error, "gather_linear: ", destination.out_features, " rows of ",
+               destination.in_features, " do not come from ", source.in_features);
+  // The row numbers wait in scratch memory, which no product uses while loading.
+  auto* rows = reinterpret_cast<int32_t*>(linear_scratch_.partial);
+  upload(rows, host_rows, count * sizeof(int32_t));
+  const Tensor out{destination.data, destination.dtype, destination.out_features,
+                   destination.in_features, destination.in_features};
+  copy_rows(out, source.data, source.in_features, source.out_features, rows, stream_);
+}
+
+// ==== Forward pass
+
+void CudaBackend::embed(const Tensor& out, const LinearWeight& table, const int32_t* tokens) {
+  FRSPEC_CHECK(out.cols == table.in_features && out.dtype == table.dtype, Error, "embed: out has ",
+               out.cols, " columns, the table ", table.in_features);
+  copy_rows(out, table.data, table.in_features, table.out_features, tokens, stream_);
+}
+
+void CudaBackend::gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) {
+  FRSPEC_CHECK(out.cols == src.cols && out.dtype == src.dtype, Error, "gather_rows: out has ",
+               out.cols, " columns, the source ", src.cols);
+  copy_rows(out, src.data, src.stride, src.rows, rows, stream_);
+}
+
+void CudaBackend::rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps) {
+  cuda::rms_norm(out, x, weight, eps, stream_);
+}
+
+void CudaBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w, Rows rows,
+                         const Tensor* residual) {
+  if (rows != Rows::kTarget && x.rows > kSkinnyRows) return multiply_prompt(out, x, w, residual);
+  const LinearSplit split =
+      split_linear(w.out_features, w.in_features, false, properties_.multiProcessorCount);
+  cuda::linear(out, x, w, nullptr, residual, split, linear_scratch_, stream_);
+}
+
+void CudaBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
+                                const LinearWeight& up, Rows rows) {
+  FRSPEC_CHECK(gate.dtype == up.dtype && gate.out_features == up.out_features, Error,
+               "linear_swiglu: gate and up differ");
+  if (rows != Rows::kTarget && x.rows > kSkinnyRows) {
+    const Tensor gates{gate_scratch_, out.dtype, out.rows, out.cols, out.cols};
+    FRSPEC_CHECK(static_cast<size_t>(round_up(out.rows, kPromptRowMultiple) * out.cols) *
+                         dtype_size(out.dtype) <=
+                     gate_scratch_bytes_,
+                 Error, "linear_swiglu: [", out.rows, ", ", out.cols,
+                 "] exceeds the planned workspace");
+    multiply_prompt(gates, x, gate, nullptr);
+    multiply_prompt(out, x, up, nullptr);
+    return multiply_silu(out, gates, stream_);
+  }
+  const LinearSplit split =
+      split_linear(gate.out_features, gate.in_features, true, properties_.multiProcessorCount);
+  cuda::linear(out, x, gate, &up, nullptr, split, linear_scratch_, stream_);
+}
+
+void CudaBackend::multiply_prompt(const Tensor& out, const Tensor& x, const LinearWeight& w,
+                                  const Tensor* residual) {
+  FRSPEC_CHECK(out.dtype == w.dtype && x.dtype == w.dtype, Error, "linear: prompt rows must be ",
+               dtype_name(w.dtype));
+  // cuBLAS adds to what is there: the residual, if it is not the output itself, and the bias.
+  const bool in_place = residual != nullptr && residual->data == out.data;
+  const bool fills = w.bias != nullptr || (residual != nullptr && !in_place);
+  if (fills) fill_rows(out, w.bias, residual, stream_);
+  const float one = 1.0f;
+  const float beta = fills || in_place ? 1.0f : 0.0f;
+  const cudaDataType_t type = w.dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_16F;
+  // Row-major out [n, o] is column-major [o, n]. Always as many rows as divide the buffers: then a
+  // row's bits do not depend on how many rows there are.
+  const int rows = static_cast<int>(round_up(out.rows, kPromptRowMultiple));
+  const int status = cublas_api().gemm_ex(
+      cublas_, kCublasTranspose, kCublasNoTranspose, static_cast<int>(w.out_features), rows,
+      static_cast<int>(w.in_features), &one, w.data, type, static_cast<int>(w.in_features), x.data,
+      type, static_cast<int>(x.stride), &beta, out.data, type, static_cast<int>(out.stride),
+      kCublasCompute32F, kCublasDefaultAlgorithm);
+  FRSPEC_CHECK(status == 0, DeviceError, "linear: cuBLAS status ", status, " for [", rows, ", ",
+               w.in_features, "] x [", w.out_features, ", ", w.in_features, "]");
+}
+
+void CudaBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
+                                  const int32_t* positions, const int32_t* slots) {
+  cuda::rope_and_append(qkv, kv, rope, positions, slots, stream_);
+}
+
+void CudaBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
+                            const Visible& visible) {
+  cuda::attention(out, q, kv, visible, visible.ancestor_words == 0, attention_scratch_, stream_);
+}
+
+// ==== Drafting, choosing, the tree
+
+void CudaBackend::topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
+                                const int32_t* column_tokens, int64_t k) {
+  FRSPEC_CHECK(logits.rows * topk_chunks(logits.cols) * k <= topk_scratch_entries_, Error,
+               "topk_logprobs: ", k, " of [", logits.rows, ", ", logits.cols,
+               "] exceed the planned workspace");
+  cuda::topk_logprobs(logprobs, tokens, logits, column_tokens, k, topk_scratch_, stream_);
+}
+
+void CudaBackend::choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
+                                const int32_t* positions) {
+  FRSPEC_CHECK(logits.rows <= limits_.choice_rows && logits.cols <= limits_.vocab, Error,
+               "choose_tokens: logits [", logits.rows, ", ", logits.cols,
+               "] exceed the planned workspace [", limits_.choice_rows, ", ", limits_.vocab, "]");
+  cuda::choose_tokens(tokens, logits, sampling, positions, choice_scratch_, stream_);
+}
+
+void CudaBackend::number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) {
+  cuda::number_rows(positions, prefix, end, n, stream_);
+}
+
+void CudaBackend::expand_beam(const DraftPool& pool, const DraftLevel& level) {
+  cuda::expand_beam(pool, level, stream_);
+}
+
+void CudaBackend::build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) {
+  cuda::build_tree(tree, pool, root, stream_);
+}
+
+void CudaBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) {
+  cuda::walk_tree(walk, tree, chosen, stream_);
+}
+
+void CudaBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
+                            const int32_t* path, const int32_t* path_length) {
+  cuda::commit_kv(layers, layer_count, base, path, path_length, stream_);
+}
+
+}  // namespace frspec::cuda
+
+namespace frspec {
+
+std::unique_ptr<Backend> make_cuda_backend(int device) {
+  return std::make_unique<cuda::CudaBackend>(device);
+}
+
+}  // namespace frspec

@@ -1,0 +1,117 @@
+// The launchers of all kernels, one .cu file for each family. A launcher checks what it is given,
+// chooses the grid, and starts its kernels on the stream; it neither allocates nor waits. Pointers
+// are device memory. `dtype` is kBF16 or kF16, the type of weights, activations, keys and values.
+//
+// Letters as in runtime/backend.h: n rows, d hidden, H query heads, K key/value heads, D head
+// dimension, V vocabulary, S columns of the draft head.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backend.h"
+
+namespace frspec::cuda {
+
+// ==== copy_rows.cu
+
+// out row i = source row rows[i], clamped to [0, source_rows); both with `cols` elements of `dtype`
+// (a multiple of 8, as are the strides).
+void copy_rows(const Tensor& out, const void* source, int64_t source_stride, int64_t source_rows,
+               const int32_t* rows, cudaStream_t stream);
+// positions[i] = *end - n + i, prefix[i] = positions[i] + 1.
+void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n,
+                 cudaStream_t stream);
+// out [n, cols] = bias [cols] (or 0) + residual [n, cols] (or 0).
+void fill_rows(const Tensor& out, const float* bias, const Tensor* residual, cudaStream_t stream);
+// up = silu(gate) * up, elementwise.
+void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream);
+
+// ==== rms_norm.cu
+
+void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps,
+              cudaStream_t stream);
+
+// ==== linear.cu
+
+// How the sum over k of one weight matrix is cut, by its shape and the device alone: each part is
+// summed in ascending order of k by one block, and the parts are added in ascending order.
+struct LinearSplit {
+  int parts;
+  int part_depth;  // k of a part, a multiple of 64
+};
+LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
+                         int multiprocessors);
+
+// Scratch of `linear`: fp32 partial sums and one counter for each tile of outputs.
+struct LinearScratch {
+  float* partial;
+  size_t partial_floats;
+  unsigned* tickets;  // zero between calls
+  size_t ticket_count;
+};
+struct LinearScratchSize {
+  size_t partial_floats;
+  size_t tickets;
+};
+LinearScratchSize linear_scratch(int64_t n, int64_t out_features, bool swiglu,
+                                 const LinearSplit& split);
+// Enough for n rows of any matrix.
+LinearScratchSize most_linear_scratch(int64_t n, int multiprocessors);
+
+// out [n, o] (dtype or fp32) = x [n, i] . w [o, i]^T (+ bias) (+ residual): skinny tensor-core
+// product that reads every weight once. up not null: out = silu(x . w^T) * (x . up^T).
+void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const LinearWeight* up,
+            const Tensor* residual, const LinearSplit& split, const LinearScratch& scratch,
+            cudaStream_t stream);
+
+// ==== rope_and_append.cu
+
+void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
+                     const int32_t* positions, const int32_t* slots, cudaStream_t stream);
+
+// ==== attention.cu
+
+struct AttentionScratch {
+  float* partial_values;  // [ranges, n H, padded D]
+  float2* partial_sums;   // [ranges, n H]: maximum, sum
+  size_t rows;            // n H that there is room for, times ranges
+};
+// Rows of a range-split attention: ranges * n * H, and floats for each.
+int64_t attention_ranges(int64_t max_length);
+int64_t padded_head_dim(int64_t head_dim);
+
+// prompt: rows of a chunk, without ancestors; else decoding, drafting or a tree.
+void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
+               bool prompt, const AttentionScratch& scratch, cudaStream_t stream);
+
+// ==== topk_logprobs.cu
+
+struct TopkScratch {
+  float2* chunk_sums;       // [n, chunks]: maximum, sum of exponentials
+  uint64_t* chunk_entries;  // [n, chunks, k]
+};
+int64_t topk_chunks(int64_t cols);
+void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
+                   const int32_t* column_tokens, int64_t k, const TopkScratch& scratch,
+                   cudaStream_t stream);
+
+// ==== choose_tokens.cu
+
+int64_t choice_chunks(int64_t vocab);
+// chunk_best: [n, 2, chunks] scratch.
+void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
+                   const int32_t* positions, uint64_t* chunk_best, cudaStream_t stream);
+
+// ==== draft_tree.cu
+
+void expand_beam(const DraftPool& pool, const DraftLevel& level, cudaStream_t stream);
+void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root,
+                cudaStream_t stream);
+void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen,
+               cudaStream_t stream);
+void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base, const int32_t* path,
+               const int32_t* path_length, cudaStream_t stream);
+
+}  // namespace frspec::cuda

@@ -1,0 +1,428 @@
+// Skinny matrix products: few rows of activations times one large weight matrix, the work of
+// decoding and verifying, bound by reading the weights once.
+//
+//   out[m, o] = sum_k x[m, k] w[o, k] (+ bias[o]) (+ residual[m, o])
+//   swiglu:     out[m, o] = silu(x[m] . gate[o]) * (x[m] . up[o]),  silu(v) = v / (1 + exp(-v))
+//
+// x: [n, i], w: [o, i] bf16 or fp16, row-major, rows aligned to 16 bytes; sums fp32; out of the
+// same type or fp32.
+//
+// Weights are the A operand of the tensor cores (16 outputs), tokens the B operand (8 tokens). A
+// block makes kTileOutputs outputs for up to 64 tokens from one part of k; each of its 4 warps owns
+// 32 of the outputs and sums its whole part of k in ascending order in one chain of mma. A stage of
+// the pipeline is 64 values of k of the weights and of x, copied asynchronously into shared memory;
+// kStages - 1 of them are under way at any time, which is what keeps the memory busy. The first
+// weights are asked for before the kernel in front has ended.
+//
+// The parts of k write fp32 sums to scratch memory, and the block that finishes last adds them in
+// ascending order. Where the parts begin depends on the matrix and the device alone, so a row has
+// the same bits whatever rows share the product, and whichever block comes last (contract 1).
+#include <algorithm>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace frspec::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kTileRows = kWarps * 32;  // rows of weights of a block
+constexpr int kDepth = 64;              // k of a stage
+constexpr int kPieces = kDepth / 8;     // 16-byte pieces of a row of a stage
+constexpr int kTokenGroup = 64;         // tokens of a block
+constexpr int kStages = 4;
+constexpr int kOutPitch = kTileRows + 4;  // floats between tokens of the finished tile
+
+constexpr int kMaxParts = 8;
+constexpr int kLeastPartDepth = 256;
+
+// Outputs of a tile: gate and up rows share it.
+template <bool kSwiglu>
+constexpr int kTileOutputs = kSwiglu ? kTileRows / 2 : kTileRows;
+
+struct LinearParams {
+  const void* w;
+  const void* up;  // swiglu
+  const float* bias;
+  const float* up_bias;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;
+  int64_t residual_stride;
+  void* out;
+  int64_t out_stride;
+  float* partial;     // [groups, tiles, parts, tokens, kTileRows]
+  unsigned* tickets;  // [groups, tiles]
+  int n;              // tokens
+  int out_features;
+  int in_features;
+  int parts;
+  int part_depth;
+};
+
+// Piece `piece` of a row of a stage; the swizzle keeps ldmatrix free of bank conflicts.
+template <typename T>
+__device__ __forceinline__ T* stage_piece(T* stage, int row, int piece) {
+  return stage + row * kDepth + ((piece ^ (row & 7)) << 3);
+}
+
+// Row `row` of the tile: which row of which matrix; -1: none.
+template <bool kSwiglu>
+__device__ __forceinline__ int weight_row(int tile, int row, int out_features, bool& is_up) {
+  int output;
+  if (kSwiglu) {
+    // Every warp has 16 gate rows and the 16 up rows of the same outputs.
+    is_up = (row / 16) % 2 == 1;
+    output = tile * kTileOutputs<true> + row / 32 * 16 + row % 16;
+  } else {
+    is_up = false;
+    output = tile * kTileOutputs<false> + row;
+  }
+  return output < out_features ? output : -1;
+}
+
+template <typename T, bool kSwiglu>
+__device__ __forceinline__ void load_weights(T* stage, const LinearParams& p, int tile, int k,
+                                             int k_end) {
+#pragma unroll
+  for (int i = threadIdx.x; i < kTileRows * kPieces; i += kThreads) {
+    const int row = i / kPieces;
+    const int piece = i % kPieces;
+    bool is_up;
+    const int from_row = weight_row<kSwiglu>(tile, row, p.out_features, is_up);
+    const T* matrix = static_cast<const T*>(kSwiglu && is_up ? p.up : p.w);
+    const bool inside = from_row >= 0 && k + piece * 8 < k_end;
+    const T* from =
+        inside ? matrix + static_cast<int64_t>(from_row) * p.in_features + k + piece * 8 : matrix;
+    copy_async_16(stage_piece(stage, row, piece), from, inside ? 16 : 0);
+  }
+}
+
+template <typename T, int kTokens>
+__device__ __forceinline__ void load_tokens(T* stage, const LinearParams& p, int first_token, int k,
+                                            int k_end) {
+  const T* x = static_cast<const T*>(p.x);
+#pragma unroll
+  for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
+    const int token = i / kPieces;
+    const int piece = i % kPieces;
+    const bool inside = first_token + token < p.n && k + piece * 8 < k_end;
+    const T* from = inside ? x + (first_token + token) * p.x_stride + k + piece * 8 : x;
+    copy_async_16(stage_piece(stage, token, piece), from, inside ? 16 : 0);
+  }
+}
+
+// One stage: kDepth / 16 steps of mma for this warp's 32 rows and all tokens.
+template <typename T, int kTokenTiles>
+__device__ __forceinline__ void multiply_stage(float (&sums)[2][kTokenTiles][4], T* weights,
+                                               T* tokens) {
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 0; step < kDepth / 16; ++step) {
+    uint32_t a[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      ldmatrix_x4(a[r], stage_piece(weights, warp * 32 + r * 16 + lane % 16, step * 2 + lane / 16));
+    }
+    if constexpr (kTokenTiles == 1) {
+      uint32_t b[2];
+      ldmatrix_x2(b, stage_piece(tokens, lane % 8, step * 2 + lane / 8 % 2));
+#pragma unroll
+      for (int r = 0; r < 2; ++r) mma_16x8x16<T>(sums[r][0], a[r], b);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4(b,
+                    stage_piece(tokens, j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+        const uint32_t first[2] = {b[0], b[1]};
+        const uint32_t second[2] = {b[2], b[3]};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          mma_16x8x16<T>(sums[r][j], a[r], first);
+          mma_16x8x16<T>(sums[r][j + 1], a[r], second);
+        }
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float4 add(const float4& a, const float4& b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// Writes outputs first ... first + 3 of a token.
+template <typename T, typename Out>
+__device__ __forceinline__ void store_outputs(const LinearParams& p, int token, int first,
+                                              const float4& sums) {
+  float values[4] = {sums.x, sums.y, sums.z, sums.w};
+  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
+  const T* residual = static_cast<const T*>(p.residual);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int output = first + i;
+    if (output >= p.out_features) return;
+    if (p.bias != nullptr) values[i] += p.bias[output];
+    if (residual != nullptr) values[i] += to_float(residual[token * p.residual_stride + output]);
+    out[output] = from_float<Out>(values[i]);
+  }
+}
+
+template <typename T, typename Out>
+__device__ __forceinline__ void store_swiglu(const LinearParams& p, int token, int first,
+                                             const float4& gates, const float4& ups) {
+  const float gate[4] = {gates.x, gates.y, gates.z, gates.w};
+  const float up[4] = {ups.x, ups.y, ups.z, ups.w};
+  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int output = first + i;
+    if (output >= p.out_features) return;
+    const float g = p.bias == nullptr ? gate[i] : gate[i] + p.bias[output];
+    const float u = p.up_bias == nullptr ? up[i] : up[i] + p.up_bias[output];
+    out[output] = from_float<Out>(g / (1.0f + __expf(-g)) * u);
+  }
+}
+
+// The finished tile: load(token, row) gives the sums of tile rows row ... row + 3.
+template <typename T, typename Out, bool kSwiglu, typename Load>
+__device__ __forceinline__ void store_tile(const LinearParams& p, int tile, int first_token,
+                                           int tokens, const Load& load) {
+  constexpr int kQuads = kTileOutputs<kSwiglu> / 4;
+  for (int i = threadIdx.x; i < tokens * kQuads; i += kThreads) {
+    const int token = i / kQuads;
+    const int quad = i % kQuads;
+    const int first = tile * kTileOutputs<kSwiglu> + quad * 4;
+    if constexpr (kSwiglu) {
+      const int row = quad / 4 * 32 + quad % 4 * 4;
+      store_swiglu<T, Out>(p, first_token + token, first, load(token, row), load(token, row + 16));
+    } else {
+      store_outputs<T, Out>(p, first_token + token, first, load(token, quad * 4));
+    }
+  }
+}
+
+template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
+__global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) {
+  constexpr int kTokens = kTokenTiles * 8;
+  SmemCarver carver;
+  T* weights = carver.take<T>(kStages * kTileRows * kDepth);
+  T* tokens = carver.take<T>(kStages * kTokens * kDepth);
+  SHARED(unsigned, ticket);
+  const int tile = blockIdx.x;
+  const int part = blockIdx.y;
+  const int group = blockIdx.z;
+  const int first_token = group * kTokenGroup;
+  const int group_tokens = min(p.n - first_token, kTokens);
+  const int k_begin = part * p.part_depth;
+  const int k_end = min(k_begin + p.part_depth, p.in_features);
+  const int stages = (k_end - k_begin + kDepth - 1) / kDepth;
+
+  dependency_launch();
+  // Weights depend on no kernel: they are asked for at once.
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < stages) {
+      load_weights<T, kSwiglu>(weights + s * kTileRows * kDepth, p, tile, k_begin + s * kDepth,
+                               k_end);
+    }
+  }
+  dependency_wait();
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    if (s < stages) {
+      load_tokens<T, kTokens>(tokens + s * kTokens * kDepth, p, first_token, k_begin + s * kDepth,
+                              k_end);
+    }
+    copy_async_commit();
+  }
+
+  float sums[2][kTokenTiles][4];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
+    }
+  }
+  for (int s = 0; s < stages; ++s) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // the stage is there for all, and all are done with the one that is refilled
+    const int next = s + kStages - 1;
+    if (next < stages) {
+      const int at = next % kStages;
+      load_weights<T, kSwiglu>(weights + at * kTileRows * kDepth, p, tile, k_begin + next * kDepth,
+                               k_end);
+      load_tokens<T, kTokens>(tokens + at * kTokens * kDepth, p, first_token,
+                              k_begin + next * kDepth, k_end);
+    }
+    copy_async_commit();
+    multiply_stage<T, kTokenTiles>(sums, weights + s % kStages * kTileRows * kDepth,
+                                   tokens + s % kStages * kTokens * kDepth);
+  }
+
+  // Through shared memory, so that global memory is written along the outputs.
+  copy_async_wait<0>();
+  __syncthreads();
+  float* finished = reinterpret_cast<float*>(weights);  // [kTokens, kOutPitch]
+  static_assert(kTokens * kOutPitch * sizeof(float) <= kStages * kTileRows * kDepth * sizeof(T));
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const int row = threadIdx.x / kWarp * 32 + r * 16 + lane / 4;
+      float* at = finished + (j * 8 + lane % 4 * 2) * kOutPitch + row;
+      at[0] = sums[r][j][0];
+      at[kOutPitch] = sums[r][j][1];
+      at[8] = sums[r][j][2];
+      at[kOutPitch + 8] = sums[r][j][3];
+    }
+  }
+  __syncthreads();
+  const auto from_shared = [&](int token, int row) {
+    return *reinterpret_cast<const float4*>(finished + token * kOutPitch + row);
+  };
+  if (p.parts == 1) {
+    store_tile<T, Out, kSwiglu>(p, tile, first_token, group_tokens, from_shared);
+    return;
+  }
+
+  const int tile_index = group * gridDim.x + tile;
+  const int64_t part_floats = static_cast<int64_t>(group_tokens) * kTileRows;
+  float* tile_partial =
+      p.partial + static_cast<int64_t>(tile_index) * p.parts * min(p.n, kTokenGroup) * kTileRows;
+  float4* own = reinterpret_cast<float4*>(tile_partial + part * part_floats);
+  for (int i = threadIdx.x; i < group_tokens * (kTileRows / 4); i += kThreads) {
+    own[i] = from_shared(i / (kTileRows / 4), i % (kTileRows / 4) * 4);
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) ticket = atomicAdd(&p.tickets[tile_index], 1u);
+  __syncthreads();
+  if (ticket + 1 != static_cast<unsigned>(p.parts)) return;
+  __threadfence();
+  if (threadIdx.x == 0) p.tickets[tile_index] = 0;
+  store_tile<T, Out, kSwiglu>(p, tile, first_token, group_tokens, [&](int token, int row) {
+    const float* from = tile_partial + token * kTileRows + row;
+    float4 total = __ldcg(reinterpret_cast<const float4*>(from));
+    for (int i = 1; i < p.parts; ++i) {
+      total = add(total, __ldcg(reinterpret_cast<const float4*>(from + i * part_floats)));
+    }
+    return total;
+  });
+}
+
+template <typename T, int kTokens>
+constexpr size_t shared_bytes() {
+  return carved_bytes(sizeof(T) * kStages * kTileRows * kDepth) +
+         carved_bytes(sizeof(T) * kStages * kTokens * kDepth);
+}
+
+template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
+void launch_tiles(const LinearParams& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.out_features, kTileOutputs<kSwiglu>), static_cast<unsigned>(p.parts),
+                  ceil_div(p.n, kTokenGroup));
+  launch<linear_kernel<T, Out, kTokenTiles, kSwiglu>>(
+      {grid, dim3(kThreads), stream, shared_bytes<T, kTokenTiles * 8>()}, "linear", p);
+}
+
+template <typename T, typename Out, bool kSwiglu>
+void launch_tokens(const LinearParams& p, cudaStream_t stream) {
+  const int tokens = std::min(p.n, kTokenGroup);
+  if (tokens <= 8) return launch_tiles<T, Out, 1, kSwiglu>(p, stream);
+  if (tokens <= 16) return launch_tiles<T, Out, 2, kSwiglu>(p, stream);
+  if (tokens <= 32) return launch_tiles<T, Out, 4, kSwiglu>(p, stream);
+  return launch_tiles<T, Out, 8, kSwiglu>(p, stream);
+}
+
+int64_t tile_count(int64_t out_features, bool swiglu) {
+  return ceil_div(out_features, swiglu ? kTileOutputs<true> : kTileOutputs<false>);
+}
+
+}  // namespace
+
+LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
+                         int multiprocessors) {
+  // As many parts as give most multiprocessors a block: the memory is then busy everywhere.
+  const int64_t tiles = tile_count(out_features, swiglu);
+  int64_t parts = 1;
+  while (parts < kMaxParts && tiles * parts * 10 < int64_t{multiprocessors} * 9 &&
+         in_features / (2 * parts) >= kLeastPartDepth) {
+    parts *= 2;
+  }
+  const int64_t depth = (in_features + parts - 1) / parts;
+  const int64_t part_depth = (depth + kDepth - 1) / kDepth * kDepth;
+  return {static_cast<int>((in_features + part_depth - 1) / part_depth),
+          static_cast<int>(part_depth)};
+}
+
+LinearScratchSize linear_scratch(int64_t n, int64_t out_features, bool swiglu,
+                                 const LinearSplit& split) {
+  if (split.parts == 1) return {0, 0};
+  const int64_t tiles = tile_count(out_features, swiglu) * ceil_div(n, kTokenGroup);
+  const int64_t tokens = std::min<int64_t>(n, kTokenGroup);
+  return {static_cast<size_t>(tiles * split.parts * tokens * kTileRows),
+          static_cast<size_t>(tiles)};
+}
+
+LinearScratchSize most_linear_scratch(int64_t n, int multiprocessors) {
+  // Parts are doubled only while tiles * parts < 0.9 multiprocessors.
+  const int64_t groups = ceil_div(n, kTokenGroup);
+  const int64_t tile_parts = groups * (2 * int64_t{multiprocessors} + 1);
+  return {static_cast<size_t>(tile_parts * std::min<int64_t>(n, kTokenGroup) * kTileRows),
+          static_cast<size_t>(tile_parts)};
+}
+
+void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const LinearWeight* up,
+            const Tensor* residual, const LinearSplit& split, const LinearScratch& scratch,
+            cudaStream_t stream) {
+  if (x.rows == 0) return;
+  const char* op = up == nullptr ? "linear" : "linear_swiglu";
+  check_rows(op, x);
+  FRSPEC_CHECK(w.in_features % 8 == 0 && x.dtype == w.dtype && x.cols == w.in_features, Error, op,
+               ": x [", x.rows, ", ", x.cols, "] ", dtype_name(x.dtype), " does not fit weight [",
+               w.out_features, ", ", w.in_features, "] ", dtype_name(w.dtype));
+  const LinearScratchSize needed = linear_scratch(x.rows, w.out_features, up != nullptr, split);
+  FRSPEC_CHECK(
+      needed.partial_floats <= scratch.partial_floats && needed.tickets <= scratch.ticket_count,
+      Error, op, ": ", needed.partial_floats, " floats and ", needed.tickets,
+      " counters of scratch are needed, ", scratch.partial_floats, " and ", scratch.ticket_count,
+      " are planned");
+  LinearParams p{};
+  p.w = w.data;
+  p.bias = w.bias;
+  p.x = x.data;
+  p.x_stride = x.stride;
+  p.out = out.data;
+  p.out_stride = out.stride;
+  p.partial = scratch.partial;
+  p.tickets = scratch.tickets;
+  p.n = static_cast<int>(x.rows);
+  p.out_features = static_cast<int>(w.out_features);
+  p.in_features = static_cast<int>(w.in_features);
+  p.parts = split.parts;
+  p.part_depth = split.part_depth;
+  if (residual != nullptr) {
+    p.residual = residual->data;
+    p.residual_stride = residual->stride;
+  }
+  if (up != nullptr) {
+    p.up = up->data;
+    p.up_bias = up->bias;
+  }
+  with_element(w.dtype, op, [&](auto element) {
+    using T = decltype(element);
+    if (up != nullptr) return launch_tokens<T, T, true>(p, stream);
+    if (out.dtype == DType::kF32) return launch_tokens<T, float, false>(p, stream);
+    FRSPEC_CHECK(out.dtype == w.dtype, Error, op, ": out is ", dtype_name(out.dtype), ", weights ",
+                 dtype_name(w.dtype));
+    launch_tokens<T, T, false>(p, stream);
+  });
+}
+
+}  // namespace frspec::cuda

@@ -1,0 +1,143 @@
+// The k largest log-softmax values of each row of logits, with their token ids:
+//
+//   logprob[i] = logit[i] - max - log(sum_j exp(logit[j] - max)),  ties: the lower column first
+//
+// logits: [n, S] fp32. In two steps: a block for each chunk of kChunk columns finds the chunk's
+// part of the sum and its k best; a block for each row merges the chunks, first to last. NaN counts
+// as the lowest logit.
+#include "block_select.cuh"
+#include "dispatch.h"
+#include "kernels.h"
+#include "launch.h"
+#include "ptx.cuh"
+
+namespace frspec::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 4096;
+
+// (order key, ~column): a larger entry comes first.
+__device__ __forceinline__ uint64_t entry_of(uint32_t key, int column) {
+  return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(column);
+}
+__device__ __forceinline__ int entry_column(uint64_t entry) {
+  return static_cast<int>(~static_cast<uint32_t>(entry));
+}
+
+// Merges two softmax sums, each relative to its own maximum.
+__device__ __forceinline__ float2 merge_sums(const float2& a, const float2& b) {
+  const float max = fmaxf(a.x, b.x);
+  if (max == -INFINITY) return make_float2(-INFINITY, 0.0f);
+  return make_float2(max, a.y * __expf(a.x - max) + b.y * __expf(b.x - max));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    scan_chunk_kernel(const float* logits, int64_t stride, int cols, int k, float2* chunk_sums,
+                      uint64_t* chunk_entries) {
+  SHARED(uint32_t, keys, [kChunk]);
+  SHARED(float2, warp_sums, [kThreads / kWarp]);
+  SHARED(SelectScratch<kThreads>, select);
+  dependency_launch();
+  dependency_wait();
+  const int first = blockIdx.x * kChunk;
+  const int count = min(kChunk, cols - first);
+  const float* row = logits + blockIdx.y * stride + first;
+  float max = -INFINITY;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const float logit = row[i];
+    keys[i] = order_key(logit);
+    max = fmaxf(max, logit);  // of NaN and a number the number
+  }
+  float sum = 0.0f;
+  if (max > -INFINITY) {
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const float logit = row[i];
+      if (logit == logit) sum += __expf(logit - max);
+    }
+  }
+  float2 part = make_float2(max, sum);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float2 other = make_float2(__shfl_xor_sync(kAllLanes, part.x, offset),
+                                     __shfl_xor_sync(kAllLanes, part.y, offset));
+    part = merge_sums(part, other);
+  }
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = part;
+  __syncthreads();
+  const int64_t chunk = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0) {
+    float2 total = warp_sums[0];
+    for (int w = 1; w < kThreads / kWarp; ++w) total = merge_sums(total, warp_sums[w]);
+    chunk_sums[chunk] = total;
+  }
+  const int wanted = min(k, count);
+  uint64_t* entries = chunk_entries + chunk * k;
+  block_select_largest<kThreads>(
+      select, count, wanted, [&](int i) { return keys[i]; },
+      [&](int place, int i) { entries[place] = entry_of(keys[i], first + i); });
+  for (int i = wanted + threadIdx.x; i < k; i += kThreads) entries[i] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    merge_chunks_kernel(float* logprobs, int32_t* tokens, const float* logits, int64_t stride,
+                        const int32_t* column_tokens, int k, int chunks, const float2* chunk_sums,
+                        const uint64_t* chunk_entries) {
+  SHARED(float, log_sum);
+  SHARED(float, row_max);
+  dependency_launch();
+  dependency_wait();
+  const int count = chunks * k;
+  const float2* sums = chunk_sums + static_cast<int64_t>(blockIdx.x) * chunks;
+  if (threadIdx.x == 0) {
+    float2 total = sums[0];
+    for (int c = 1; c < chunks; ++c) total = merge_sums(total, sums[c]);
+    row_max = total.x;
+    log_sum = logf(total.y);
+  }
+  __syncthreads();
+  // An entry's place is the number of larger ones; k of them have a place below k.
+  SmemCarver carver;
+  uint64_t* entries = carver.take<uint64_t>(count);
+  const uint64_t* from = chunk_entries + static_cast<int64_t>(blockIdx.x) * count;
+  for (int i = threadIdx.x; i < count; i += kThreads) entries[i] = from[i];
+  __syncthreads();
+  const float* row = logits + blockIdx.x * stride;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const uint64_t entry = entries[i];
+    if (entry == 0) continue;
+    int place = 0;
+    for (int j = 0; j < count; ++j) place += entries[j] > entry ? 1 : 0;
+    if (place >= k) continue;
+    const int column = entry_column(entry);
+    const float logit = row[column];
+    logprobs[blockIdx.x * k + place] = logit == logit ? (logit - row_max) - log_sum : -INFINITY;
+    tokens[blockIdx.x * k + place] = column_tokens == nullptr ? column : column_tokens[column];
+  }
+}
+
+}  // namespace
+
+int64_t topk_chunks(int64_t cols) { return ceil_div(cols, kChunk); }
+
+void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
+                   const int32_t* column_tokens, int64_t k, const TopkScratch& scratch,
+                   cudaStream_t stream) {
+  FRSPEC_CHECK(k > 0 && k <= kMaxTreeTopK && k <= logits.cols && logits.dtype == DType::kF32, Error,
+               "topk_logprobs: k is ", k, " of ", logits.cols, " ", dtype_name(logits.dtype),
+               " columns, expected 1 to ", kMaxTreeTopK, " of fp32");
+  if (logits.rows == 0) return;
+  const auto chunks = static_cast<unsigned>(topk_chunks(logits.cols));
+  const auto rows = static_cast<unsigned>(logits.rows);
+  const float* data = static_cast<const float*>(logits.data);
+  launch<scan_chunk_kernel>({dim3(chunks, rows), dim3(kThreads), stream}, "topk_logprobs", data,
+                            logits.stride, static_cast<int>(logits.cols), static_cast<int>(k),
+                            scratch.chunk_sums, scratch.chunk_entries);
+  launch<merge_chunks_kernel>(
+      {dim3(rows), dim3(kThreads), stream, carved_bytes(sizeof(uint64_t) * chunks * k)},
+      "topk_logprobs", logprobs, tokens, data, logits.stride, column_tokens, static_cast<int>(k),
+      static_cast<int>(chunks), static_cast<const float2*>(scratch.chunk_sums),
+      static_cast<const uint64_t*>(scratch.chunk_entries));
+}
+
+}  // namespace frspec::cuda

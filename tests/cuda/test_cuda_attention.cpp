@@ -1,0 +1,290 @@
+// Attention against double-precision loops, and its independence of slots, rows and trees.
+#include <algorithm>
+#include <numeric>
+
+#include "cuda_test_support.h"
+
+namespace frspec::cuda {
+namespace {
+
+struct Shape {
+  int64_t query_heads;
+  int64_t heads;
+  int64_t head_dim;
+};
+
+constexpr Shape kShapes[] = {{4, 2, 64},  {9, 3, 64},  {7, 1, 80}, {4, 4, 96},
+                             {8, 2, 128}, {2, 1, 256}, {3, 3, 24}};
+
+// Keys and values [heads, slots, head_dim]; slots that were not written hold NaN.
+class Cache {
+ public:
+  Cache(DType dtype, const Shape& shape, int64_t written, int64_t slots, Random& random)
+      : shape_(shape),
+        slots_(slots),
+        keys_(dtype, shape.heads * slots, shape.head_dim),
+        values_(dtype, shape.heads * slots, shape.head_dim) {
+    for (int64_t h = 0; h < shape.heads; ++h) {
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        for (int64_t d = 0; d < shape.head_dim; ++d) {
+          key(h, slot)[d] = slot < written ? random.normal() : NAN;
+          value(h, slot)[d] = slot < written ? random.normal() : NAN;
+        }
+      }
+    }
+    upload();
+  }
+  float* key(int64_t head, int64_t slot) { return keys_.row(head * slots_ + slot); }
+  float* value(int64_t head, int64_t slot) { return values_.row(head * slots_ + slot); }
+  void copy_slot(int64_t from, int64_t to) {
+    for (int64_t h = 0; h < shape_.heads; ++h) {
+      std::copy_n(key(h, from), shape_.head_dim, key(h, to));
+      std::copy_n(value(h, from), shape_.head_dim, value(h, to));
+    }
+  }
+  void upload() {
+    keys_.upload();
+    values_.upload();
+  }
+  KvLayer layer() const {
+    return {keys_.tensor().data, values_.tensor().data, keys_.dtype(), shape_.heads, slots_,
+            shape_.head_dim};
+  }
+
+ private:
+  Shape shape_;
+  int64_t slots_;
+  DeviceMatrix keys_, values_;
+};
+
+// Which slots rows see, in order.
+struct View {
+  int64_t words = 0;
+  int32_t tree_base = 0;
+  std::vector<int32_t> prefix;
+  std::vector<uint64_t> ancestors;
+  std::vector<std::vector<int32_t>> slots;
+  int64_t longest = 0;
+
+  void add(int32_t prefix_length, const std::vector<int32_t>& bits) {
+    prefix.push_back(prefix_length);
+    std::vector<uint64_t> own(static_cast<size_t>(words), 0);
+    std::vector<int32_t> row(static_cast<size_t>(prefix_length));
+    std::iota(row.begin(), row.end(), 0);
+    for (const int32_t bit : bits) {
+      own[static_cast<size_t>(bit / 64)] |= uint64_t{1} << (bit % 64);
+      row.push_back(tree_base + bit);
+    }
+    ancestors.insert(ancestors.end(), own.begin(), own.end());
+    longest = std::max(longest, static_cast<int64_t>(row.size()));
+    slots.push_back(row);
+  }
+};
+
+// Runs attention for rows first ... first + n - 1 of q; fills `out` with what came back.
+void run_attention(DeviceMatrix& out, const Tensor& q, const Cache& cache, const View& view,
+                   const Shape& shape, cudaStream_t stream) {
+  const DeviceArray<int32_t> prefix(view.prefix);
+  const DeviceArray<uint64_t> ancestors(view.ancestors);
+  const DeviceArray<int32_t> base(std::vector<int32_t>{view.tree_base});
+  // What is launched for a longer sequence serves this one.
+  const Visible visible{prefix.data(), base.data(), ancestors.data(), view.words,
+                        view.longest + 300};
+  const auto rows =
+      static_cast<size_t>(attention_ranges(visible.max_length) * q.rows * shape.query_heads);
+  const DeviceArray<float> values(rows * static_cast<size_t>(padded_head_dim(shape.head_dim)));
+  const DeviceArray<float2> sums(rows);
+  attention(out.tensor(), q, cache.layer(), visible, view.words == 0,
+            {values.data(), sums.data(), rows}, stream);
+  out.download(stream);
+}
+
+double worst_error(const DeviceMatrix& out, const DeviceMatrix& q, Cache& cache, const View& view,
+                   const Shape& shape) {
+  double worst = 0;
+  for (int64_t r = 0; r < q.rows(); ++r) {
+    const std::vector<int32_t>& slots = view.slots[static_cast<size_t>(r)];
+    for (int64_t h = 0; h < shape.query_heads; ++h) {
+      const int64_t head = h / (shape.query_heads / shape.heads);
+      std::vector<double> weight(slots.size());
+      double max = -1e300;
+      for (size_t t = 0; t < slots.size(); ++t) {
+        double score = 0;
+        for (int64_t d = 0; d < shape.head_dim; ++d) {
+          score += double{q.row(r)[h * shape.head_dim + d]} * cache.key(head, slots[t])[d];
+        }
+        weight[t] = score / std::sqrt(static_cast<double>(shape.head_dim));
+        max = std::max(max, weight[t]);
+      }
+      double sum = 0;
+      for (double& value : weight) sum += value = std::exp(value - max);
+      for (int64_t d = 0; d < shape.head_dim; ++d) {
+        double want = 0;
+        double magnitude = 0;
+        for (size_t t = 0; t < slots.size(); ++t) {
+          const double part = weight[t] / sum * cache.value(head, slots[t])[d];
+          want += part;
+          magnitude += std::fabs(part);
+        }
+        // Weights and the result are rounded to the element type.
+        const double allowed = 2 * epsilon(q.dtype()) * magnitude + 1e-5;
+        const double error = std::fabs(want - out.row(r)[h * shape.head_dim + d]) / allowed;
+        worst = std::max(worst, std::isnan(error) ? 1e9 : error);
+      }
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+TEST_CASE("attention of prompt rows equals the double-precision formula") {
+  for (const DType dtype : kElementTypes) {
+    for (const Shape& shape : kShapes) {
+      for (const auto& [before, n] : {std::pair{0, 1}, {0, 70}, {61, 5}, {255, 2}, {300, 17}}) {
+        CAPTURE(shape.head_dim);
+        CAPTURE(before);
+        Stream stream;
+        Random random(static_cast<uint32_t>(n + before));
+        Cache cache(dtype, shape, before + n, before + n + 40, random);
+        const DeviceMatrix q(dtype, n, shape.query_heads * shape.head_dim, random, 1.5f, 8);
+        DeviceMatrix out(dtype, n, q.cols());
+        View view;
+        for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
+        run_attention(out, q.tensor(), cache, view, shape, stream);
+        CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
+      }
+    }
+  }
+}
+
+TEST_CASE("attention over trees of any size equals the double-precision formula") {
+  for (const DType dtype : kElementTypes) {
+    for (const Shape& shape : kShapes) {
+      for (const auto& [base, nodes] :
+           {std::pair{0, 1}, {1, 5}, {31, 3}, {96, 59}, {97, 2}, {250, 65}, {330, 100}}) {
+        CAPTURE(shape.head_dim);
+        CAPTURE(base);
+        CAPTURE(nodes);
+        if (nodes > 60 && shape.head_dim != 64) continue;
+        Stream stream;
+        Random random(static_cast<uint32_t>(nodes * 7 + base));
+        Cache cache(dtype, shape, base + nodes, base + nodes + 40, random);
+        const DeviceMatrix q(dtype, nodes, shape.query_heads * shape.head_dim, random, 1.5f);
+        DeviceMatrix out(dtype, nodes, q.cols());
+        View view;
+        view.words = (nodes + 63) / 64;
+        view.tree_base = base;
+        for (const auto& path : random_paths(nodes, random)) view.add(base, path);
+        run_attention(out, q.tensor(), cache, view, shape, stream);
+        CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
+      }
+    }
+  }
+}
+
+TEST_CASE("a row of attention has the same bits alone and among others") {
+  for (const Shape& shape : {kShapes[0], kShapes[2], kShapes[5]}) {
+    CAPTURE(shape.head_dim);
+    constexpr int32_t kBase = 590;
+    constexpr int64_t kNodes = 60;
+    const DType dtype = DType::kBF16;
+    Stream stream;
+    Random random(17);
+    Cache cache(dtype, shape, kBase + kNodes, kBase + kNodes, random);
+    const DeviceMatrix q(dtype, kNodes, shape.query_heads * shape.head_dim, random, 1.5f);
+    const auto paths = random_paths(kNodes, random);
+    const auto rows_of = [&](int64_t first, int64_t n) {
+      View view;
+      view.words = 1;
+      view.tree_base = kBase;
+      for (int64_t r = first; r < first + n; ++r) view.add(kBase, paths[static_cast<size_t>(r)]);
+      return view;
+    };
+    DeviceMatrix all(dtype, kNodes, q.cols());
+    run_attention(all, q.tensor(), cache, rows_of(0, kNodes), shape, stream);
+    for (const auto& [first, n] : {std::pair{0, 1}, {59, 1}, {3, 2}, {20, 17}, {0, 33}}) {
+      DeviceMatrix some(dtype, n, q.cols());
+      run_attention(some, q.tensor().row_slice(first, n), cache, rows_of(first, n), shape, stream);
+      for (int64_t r = 0; r < n; ++r) {
+        CAPTURE(first);
+        CAPTURE(r);
+        CHECK(equal_bits(some.row(r), all.row(first + r), q.cols()));
+      }
+    }
+  }
+}
+
+TEST_CASE("attention has the same bits whether ancestors are committed or still in the tree") {
+  for (const Shape& shape : {kShapes[0], kShapes[4], kShapes[5], kShapes[6]}) {
+    CAPTURE(shape.head_dim);
+    // Around the places where tiles and ranges end: a row's own positions cross them.
+    for (const int32_t base : {0, 30, 62, 94, 96, 126, 250, 280, 288}) {
+      CAPTURE(base);
+      constexpr int64_t kNodes = 40;
+      const DType dtype = DType::kBF16;
+      Stream stream;
+      Random random(static_cast<uint32_t>(base));
+      Cache cache(dtype, shape, base + kNodes, base + kNodes, random);
+      const DeviceMatrix q(dtype, kNodes, shape.query_heads * shape.head_dim, random, 1.5f);
+      // A chain in every other slot, as long as a draft may be, so that it crosses boundaries.
+      std::vector<std::vector<int32_t>> paths;
+      for (int32_t i = 0; i < kNodes; ++i) {
+        std::vector<int32_t> path;
+        if (i > 1) path = paths[static_cast<size_t>(i - 2)];
+        if (i == 1) path = {0};
+        path.push_back(i);
+        paths.push_back(path);
+      }
+      View view;
+      view.words = 1;
+      view.tree_base = base;
+      for (const auto& path : paths) view.add(base, path);
+      DeviceMatrix in_tree(dtype, kNodes, q.cols());
+      run_attention(in_tree, q.tensor(), cache, view, shape, stream);
+
+      for (const size_t node : {size_t{7}, size_t{22}, size_t{39}}) {
+        const std::vector<int32_t>& path = paths[node];
+        for (size_t j = 0; j < path.size(); ++j) {
+          cache.copy_slot(base + path[j], base + static_cast<int32_t>(j));
+        }
+        cache.upload();
+        // All but the node itself committed: it is the root of a new tree.
+        const auto committed = static_cast<int32_t>(path.size()) - 1;
+        View flat;
+        flat.words = 1;
+        flat.tree_base = base + committed;
+        flat.add(base + committed, {0});
+        DeviceMatrix out(dtype, 1, q.cols());
+        run_attention(out, q.tensor().row_slice(static_cast<int64_t>(node), 1), cache, flat, shape,
+                      stream);
+        CAPTURE(node);
+        CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
+        // As it was, for the next node.
+        Random again(static_cast<uint32_t>(base));
+        Cache fresh(dtype, shape, base + kNodes, base + kNodes, again);
+        for (int64_t slot = 0; slot < base + kNodes; ++slot) {
+          for (int64_t h = 0; h < shape.heads; ++h) {
+            std::copy_n(fresh.key(h, slot), shape.head_dim, cache.key(h, slot));
+            std::copy_n(fresh.value(h, slot), shape.head_dim, cache.value(h, slot));
+          }
+        }
+        cache.upload();
+      }
+    }
+  }
+}
+
+TEST_CASE("attention refuses what does not fit") {
+  Stream stream;
+  Random random(1);
+  const Shape shape{2, 2, 64};
+  Cache cache(DType::kBF16, shape, 8, 8, random);
+  const DeviceMatrix q(DType::kBF16, 1, 120, random);
+  DeviceMatrix out(DType::kBF16, 1, 120);
+  View view;
+  view.add(4, {});
+  CHECK_THROWS_AS(run_attention(out, q.tensor(), cache, view, shape, stream), Error);
+}
+
+}  // namespace frspec::cuda

@@ -1,0 +1,191 @@
+// The engine end to end on the CUDA backend and a tiny random model: speculative text is the text
+// that the target writes alone, and the logits agree with the CPU backend's.
+#include <algorithm>
+
+#include "cuda_test_support.h"
+#include "engine.h"
+#include "tiny_model.h"
+
+namespace frspec::cuda {
+namespace {
+
+// Sizes that are no multiples of tiles, grouped query heads, and the tree's 65th node.
+constexpr test::TinySizes kSizes{211, 72, 136, 2, 6, 2, 24};
+
+const std::vector<int32_t> kPrompt = {3, 14, 15, 92, 65, 35, 89, 79};
+
+EngineOptions tiny_options(const std::string& name, TreeShape tree, const char* dtype = "bf16") {
+  EngineOptions options;
+  options.model = test::write_predictable_target("cuda_" + name + "_target", kSizes);
+  options.drafter = test::write_predictable_drafter("cuda_" + name + "_drafter", kSizes);
+  options.device = "cuda";
+  options.dtype = dtype;
+  options.max_context = 200;
+  options.threads = 2;
+  options.tree = tree;
+  return options;
+}
+
+Request make_request(Method method, const Sampling& sampling, int64_t max_new_tokens = 40) {
+  Request request;
+  request.method = method;
+  request.sampling = sampling;
+  request.max_new_tokens = max_new_tokens;
+  request.ignore_eos = true;
+  return request;
+}
+
+std::vector<int32_t> generate(Engine& engine, const std::vector<int32_t>& prompt,
+                              const Request& request) {
+  std::vector<int32_t> tokens;
+  engine.start(prompt, request);
+  while (!engine.finished()) {
+    const auto step = engine.step();
+    tokens.insert(tokens.end(), step.begin(), step.end());
+  }
+  return tokens;
+}
+
+const Sampling kSamplings[] = {{}, {1.0f, 0, 1.0f, 0.0f, 42}, {0.8f, 20, 0.9f, 0.01f, 7}};
+
+}  // namespace
+
+TEST_CASE("speculative output equals plain output") {
+  struct Case {
+    TreeShape tree;
+    const char* dtype;
+  };
+  for (const Case& each : {Case{{1, 1, 2}, "bf16"},
+                           {{3, 4, 12}, "bf16"},
+                           {{3, 4, 12}, "fp16"},
+                           {{6, 10, 65}, "bf16"}}) {
+    CAPTURE(each.tree.tokens);
+    Engine engine(tiny_options("exact", each.tree, each.dtype));
+    engine.load();
+    for (const Sampling& sampling : kSamplings) {
+      CAPTURE(sampling.temperature);
+      const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, sampling));
+      const auto drafted = generate(engine, kPrompt, make_request(Method::kEagle2, sampling));
+      CHECK(plain.size() == 40);
+      CHECK(plain == drafted);
+      const std::vector<int32_t>& lengths = engine.accept_lengths();
+      CHECK(*std::max_element(lengths.begin(), lengths.end()) > 1);
+    }
+  }
+}
+
+TEST_CASE("with a sub-vocabulary, too") {
+  for (const int64_t size : {5, 64}) {
+    EngineOptions options = tiny_options("sub_vocab", {4, 5, 24});
+    options.ranking = test::write_tiny_ranking("cuda_sub_vocab_ranking", kSizes.vocab);
+    options.vocab_size = size;
+    Engine engine(options);
+    engine.load();
+    CHECK(engine.draft_vocab_size() == size);
+    for (const Sampling& sampling : kSamplings) {
+      const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, sampling));
+      CHECK(generate(engine, kPrompt, make_request(Method::kEagle2, sampling)) == plain);
+    }
+  }
+}
+
+// The same text, whether its beginning was decoded, drafted or part of a prompt: keys and values
+// are a function of the tokens.
+TEST_CASE("requests in a row, each as if nothing came before") {
+  Engine engine(tiny_options("row", {3, 4, 12}));
+  engine.load();
+  const Request plain = make_request(Method::kPlain, kSamplings[1], 12);
+  const Request drafted = make_request(Method::kEagle2, kSamplings[1], 12);
+  const auto first = generate(engine, kPrompt, plain);
+  std::vector<int32_t> longer = kPrompt;
+  longer.insert(longer.end(), first.begin(), first.end());
+  longer.insert(longer.end(), {5, 6, 7});
+  const auto continued = generate(engine, longer, plain);
+  generate(engine, {9}, plain);  // forgets the sequence
+  CHECK(generate(engine, longer, drafted) == continued);
+  CHECK(generate(engine, kPrompt, drafted) == first);
+  CHECK(generate(engine, longer, drafted) == continued);
+  CHECK(generate(engine, longer, plain) == continued);
+}
+
+TEST_CASE("whole chunks of a long prompt are kept, and change nothing") {
+  EngineOptions options = tiny_options("chunks", {3, 4, 12});
+  options.max_context = 700;
+  Engine engine(options);
+  engine.load();
+  std::vector<int32_t> prompt;
+  for (int32_t i = 0; i < 600; ++i) prompt.push_back((i * 37 + 5) % 211);
+  const Request plain = make_request(Method::kPlain, kSamplings[1], 8);
+  const Request drafted = make_request(Method::kEagle2, kSamplings[1], 8);
+  const auto text = generate(engine, prompt, plain);
+  CHECK(engine.reused_tokens() == 0);
+  CHECK(generate(engine, prompt, plain) == text);
+  CHECK(engine.reused_tokens() == 512);
+  CHECK(generate(engine, prompt, drafted) == text);
+  CHECK(engine.reused_tokens() == 0);  // the drafter had not seen it
+  CHECK(generate(engine, prompt, drafted) == text);
+  CHECK(engine.reused_tokens() == 512);
+}
+
+// Both backends round differently, so that texts may part at near-ties; the logits after the same
+// tokens stay close.
+TEST_CASE("logits agree with the CPU backend's") {
+  for (const char* dtype : {"bf16", "fp16"}) {
+    EngineOptions options = tiny_options("cpu", {3, 4, 12}, dtype);
+    Engine engine(options);
+    engine.load();
+    options.device = "cpu";
+    Engine reference(options);
+    reference.load();
+    for (const int64_t length : {1, 40, 64, 65, 150}) {
+      CAPTURE(length);
+      std::vector<int32_t> prompt;
+      for (int32_t i = 0; i < length; ++i) prompt.push_back((i * 37 + 5) % 211);
+      const Request request = make_request(Method::kPlain, {}, 3);
+      engine.start(prompt, request);
+      reference.start(prompt, request);
+      for (int step = 0; step < 3; ++step) {
+        const auto tokens = engine.step();
+        const auto want = reference.step();
+        const auto logits = engine.last_round().logits;
+        const auto want_logits = reference.last_round().logits;
+        REQUIRE(logits.size() == want_logits.size());
+        double difference = 0;
+        double size = 0;
+        for (size_t i = 0; i < logits.size(); ++i) {
+          const double error = double{logits[i]} - want_logits[i];
+          difference += error * error;
+          size += double{want_logits[i]} * want_logits[i];
+        }
+        CHECK(std::sqrt(difference / size) < 0.03);
+        if (!std::equal(tokens.begin(), tokens.end(), want.begin(), want.end())) break;
+      }
+    }
+  }
+}
+
+TEST_CASE("generation ends with the context, in both methods alike") {
+  Engine engine(tiny_options("context", {4, 4, 20}));
+  engine.load();
+  Request request = make_request(Method::kPlain, kSamplings[1], 100000);
+  std::vector<int32_t> prompt;
+  for (int32_t i = 0; i < 170; ++i) prompt.push_back((i * 37 + 5) % 211);
+  const auto plain = generate(engine, prompt, request);
+  CHECK(plain.size() + prompt.size() == 200);
+  request.method = Method::kEagle2;
+  CHECK(generate(engine, prompt, request) == plain);
+}
+
+TEST_CASE("what CUDA has no kernels for is refused before anything is loaded") {
+  EngineOptions options = tiny_options("refused", {1, 1, 2});
+  options.dtype = "fp32";
+  CHECK_THROWS_WITH_AS(Engine{options}, doctest::Contains("bf16 or fp16, found fp32"), ModelError);
+  test::TinySizes odd = kSizes;
+  odd.hidden = 36;
+  options = tiny_options("odd", {1, 1, 2});
+  options.model = test::write_tiny_target("cuda_odd_target", odd);
+  options.drafter.reset();
+  CHECK_THROWS_WITH_AS(Engine{options}, doctest::Contains("multiples of 8"), ModelError);
+}
+
+}  // namespace frspec::cuda

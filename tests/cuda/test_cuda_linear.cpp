@@ -1,0 +1,258 @@
+// Skinny products against double-precision loops, and row invariance.
+#include <algorithm>
+#include <tuple>
+
+#include "cuda_test_support.h"
+
+namespace frspec::cuda {
+namespace {
+
+// A weight in device memory with its bias.
+class TestWeight {
+ public:
+  TestWeight(DType dtype, int64_t out, int64_t in, Random& random, bool with_bias)
+      : matrix_(dtype, out, in, random, 0.1f), bias_(static_cast<size_t>(out)) {
+    std::vector<float> bias(static_cast<size_t>(out));
+    for (float& value : bias) value = random.normal();
+    bias_.set(bias);
+    host_bias_ = with_bias ? bias : std::vector<float>(bias.size(), 0.0f);
+    weight_ = {matrix_.tensor().data, dtype, out, in, with_bias ? bias_.data() : nullptr};
+  }
+  const LinearWeight& weight() const { return weight_; }
+  // x . row o + bias[o], and the sum of the magnitudes.
+  double dot(const float* x, int64_t o, double* magnitude = nullptr) const {
+    double sum = host_bias_[static_cast<size_t>(o)];
+    double absolute = std::fabs(sum);
+    for (int64_t k = 0; k < matrix_.cols(); ++k) {
+      const double product = double{x[k]} * matrix_.row(o)[k];
+      sum += product;
+      absolute += std::fabs(product);
+    }
+    if (magnitude != nullptr) *magnitude = absolute;
+    return sum;
+  }
+
+ private:
+  DeviceMatrix matrix_;
+  DeviceArray<float> bias_;
+  std::vector<float> host_bias_;
+  LinearWeight weight_;
+};
+
+// Scratch of one product, filled with garbage where that is allowed.
+struct Scratch {
+  Scratch(int64_t n, int64_t out, bool swiglu, const LinearSplit& split)
+      : size(linear_scratch(n, out, swiglu, split)),
+        partial(size.partial_floats),
+        tickets(std::vector<unsigned>(size.tickets, 0u)) {}
+  LinearScratch view() const {
+    return {partial.data(), size.partial_floats, tickets.data(), size.tickets};
+  }
+  LinearScratchSize size;
+  DeviceArray<float> partial;
+  DeviceArray<unsigned> tickets;
+};
+
+LinearSplit split_in(int parts, int64_t in) {
+  const int depth = static_cast<int>((in + parts - 1) / parts);
+  return {parts, (depth + 63) / 64 * 64};
+}
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+void check_linear(DType dtype, DType out_dtype, int64_t n, int64_t out, int64_t in, int parts,
+                  bool bias, bool residual) {
+  CAPTURE(dtype_name(dtype));
+  CAPTURE(n);
+  CAPTURE(out);
+  CAPTURE(in);
+  CAPTURE(parts);
+  Stream stream;
+  Random random(static_cast<uint32_t>(n * 7919 + out * 31 + in));
+  const DeviceMatrix x(dtype, n, in, random, 1.0f, 8);
+  const TestWeight weight(dtype, out, in, random, bias);
+  const DeviceMatrix added(dtype, n, out, random);
+  DeviceMatrix y(out_dtype, n, out, 3);
+  LinearSplit split = split_in(parts, in);
+  split.parts = static_cast<int>((in + split.part_depth - 1) / split.part_depth);
+  const Scratch scratch(n, out, false, split);
+  const Tensor residual_tensor = added.tensor();
+  for (int repeat = 0; repeat < 2; ++repeat) {  // the counters are zero again
+    linear(y.tensor(), x.tensor(), weight.weight(), nullptr, residual ? &residual_tensor : nullptr,
+           split, scratch.view(), stream);
+  }
+  y.download(stream);
+  double worst = 0;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t o = 0; o < out; ++o) {
+      double magnitude = 0;
+      double want = weight.dot(x.row(r), o, &magnitude);
+      if (residual) want += added.row(r)[o];
+      const double allowed = magnitude * 2e-6 + std::fabs(want) * epsilon(out_dtype) + 1e-6;
+      worst = std::max(worst, std::fabs(want - y.row(r)[o]) / allowed);
+    }
+    for (int64_t o = out; o < out + 3; ++o) CHECK(y.row(r)[o] == 0.0f);
+  }
+  CHECK(worst <= 1.0);
+}
+
+}  // namespace
+
+TEST_CASE("linear equals the double-precision product for ragged shapes") {
+  for (const DType dtype : kElementTypes) {
+    for (const int64_t n : {1, 7, 8, 9, 17, 33, 60, 64, 65, 100}) {
+      check_linear(dtype, dtype, n, 136, 72, 1, n % 2 == 0, n % 3 == 0);
+      check_linear(dtype, DType::kF32, n, 33, 200, 1, false, false);
+    }
+    check_linear(dtype, dtype, 3, 576, 576, 1, true, true);
+    check_linear(dtype, dtype, 1, 64, 8, 1, false, false);
+    check_linear(dtype, DType::kF32, 5, 1, 896, 1, false, false);
+    for (const int parts : {2, 3, 4, 8}) {
+      check_linear(dtype, dtype, 2, 200, 1032, parts, true, true);
+      check_linear(dtype, DType::kF32, 66, 72, 648, parts, false, false);
+    }
+  }
+}
+
+TEST_CASE("linear may add to the residual in place") {
+  Stream stream;
+  for (const int parts : {1, 2}) {
+    Random random(5);
+    const DeviceMatrix x(DType::kBF16, 9, 256, random);
+    const TestWeight weight(DType::kBF16, 136, 256, random, false);
+    const DeviceMatrix added(DType::kBF16, 9, 136, random);
+    DeviceMatrix separate(DType::kBF16, 9, 136);
+    DeviceMatrix stream_values(DType::kBF16, 9, 136);
+    for (int64_t r = 0; r < 9; ++r) std::copy_n(added.row(r), 136, stream_values.row(r));
+    stream_values.upload();
+    const LinearSplit split = split_in(parts, 256);
+    const Scratch scratch(9, 136, false, split);
+    const Tensor residual = added.tensor();
+    linear(separate.tensor(), x.tensor(), weight.weight(), nullptr, &residual, split,
+           scratch.view(), stream);
+    const Tensor in_place = stream_values.tensor();
+    linear(in_place, x.tensor(), weight.weight(), nullptr, &in_place, split, scratch.view(),
+           stream);
+    separate.download(stream);
+    stream_values.download(stream);
+    for (int64_t r = 0; r < 9; ++r) {
+      CHECK(equal_bits(separate.row(r), stream_values.row(r), 136));
+    }
+  }
+}
+
+TEST_CASE("linear_swiglu equals silu(gate) * up in double precision") {
+  for (const DType dtype : kElementTypes) {
+    for (const auto& [n, out, in, parts] : {std::tuple{1, 72, 136, 1},
+                                            {60, 200, 64, 1},
+                                            {5, 1536, 72, 1},
+                                            {9, 136, 512, 2},
+                                            {70, 64, 1024, 4}}) {
+      CAPTURE(n);
+      CAPTURE(out);
+      Stream stream;
+      Random random(static_cast<uint32_t>(n + out));
+      const DeviceMatrix x(dtype, n, in, random);
+      const TestWeight gate(dtype, out, in, random, n == 5);
+      const TestWeight up(dtype, out, in, random, n == 5);
+      DeviceMatrix y(dtype, n, out);
+      const LinearSplit split = split_in(parts, in);
+      const Scratch scratch(n, out, true, split);
+      linear(y.tensor(), x.tensor(), gate.weight(), &up.weight(), nullptr, split, scratch.view(),
+             stream);
+      y.download(stream);
+      double worst = 0;
+      for (int64_t r = 0; r < n; ++r) {
+        for (int64_t o = 0; o < out; ++o) {
+          const double want = silu(gate.dot(x.row(r), o)) * up.dot(x.row(r), o);
+          const double allowed = std::fabs(want) * (epsilon(dtype) + 1e-4) + 1e-4;
+          worst = std::max(worst, std::fabs(want - y.row(r)[o]) / allowed);
+        }
+      }
+      CHECK(worst <= 1.0);
+    }
+  }
+}
+
+// fp32 outputs: rounding to 16 bits would hide a changed order of summation.
+TEST_CASE("a row of linear has the same bits alone and among others") {
+  constexpr int64_t kIn = 712;
+  constexpr int64_t kOut = 157;
+  for (const DType dtype : kElementTypes) {
+    for (const int parts : {1, 3}) {
+      Stream stream;
+      Random random(11);
+      const DeviceMatrix x(dtype, 130, kIn, random);
+      const TestWeight weight(dtype, kOut, kIn, random, false);
+      const LinearSplit split = split_in(parts, kIn);
+      const Scratch scratch(130, kOut, false, split);
+      const std::vector<int64_t> chosen{0, 1, 7, 8, 31, 59, 63, 64, 100, 129};
+      for (const int64_t r : chosen) {
+        DeviceMatrix y(DType::kF32, 1, kOut);
+        linear(y.tensor(), x.tensor().row_slice(r, 1), weight.weight(), nullptr, nullptr, split,
+               scratch.view(), stream);
+        y.download(stream);
+        for (const int64_t n : {1, 2, 8, 9, 30, 60, 64, 65, 130}) {
+          const int64_t first = std::max<int64_t>(0, std::min(r - n / 3, 130 - n));
+          if (r < first || r >= first + n) continue;
+          DeviceMatrix many(DType::kF32, n, kOut);
+          linear(many.tensor(), x.tensor().row_slice(first, n), weight.weight(), nullptr, nullptr,
+                 split, scratch.view(), stream);
+          many.download(stream);
+          CAPTURE(r);
+          CAPTURE(n);
+          CHECK(equal_bits(many.row(r - first), y.row(0), kOut));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("the split of a matrix covers its depth and depends on its shape alone") {
+  for (const auto& [out, in] : {std::pair{4096, 4096},
+                                {6144, 4096},
+                                {14336, 4096},
+                                {4096, 14336},
+                                {128256, 4096},
+                                {576, 1536},
+                                {960, 576},
+                                {8, 8}}) {
+    for (const int multiprocessors : {4, 108, 132, 148}) {
+      for (const bool swiglu : {false, true}) {
+        const LinearSplit split = split_linear(out, in, swiglu, multiprocessors);
+        CHECK(split.part_depth % 64 == 0);
+        CHECK(split.parts * split.part_depth >= in);
+        CHECK((split.parts - 1) * split.part_depth < in);
+        for (const int64_t n : {1, 60, 256}) {
+          const LinearScratchSize size = linear_scratch(n, out, swiglu, split);
+          const LinearScratchSize most = most_linear_scratch(n, multiprocessors);
+          CHECK(size.partial_floats <= most.partial_floats);
+          CHECK(size.tickets <= most.tickets);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("linear refuses what does not fit") {
+  Stream stream;
+  Random random(1);
+  const TestWeight weight(DType::kBF16, 64, 64, random, false);
+  const LinearSplit split{1, 64};
+  const Scratch scratch(2, 64, false, split);
+  const DeviceMatrix narrow(DType::kBF16, 2, 56, random);
+  const DeviceMatrix other(DType::kF16, 2, 64, random);
+  DeviceMatrix y(DType::kBF16, 2, 64);
+  CHECK_THROWS_AS(linear(y.tensor(), narrow.tensor(), weight.weight(), nullptr, nullptr, split,
+                         scratch.view(), stream),
+                  Error);
+  CHECK_THROWS_AS(linear(y.tensor(), other.tensor(), weight.weight(), nullptr, nullptr, split,
+                         scratch.view(), stream),
+                  Error);
+  const DeviceMatrix x(DType::kBF16, 2, 64, random);
+  CHECK_THROWS_AS(linear(y.tensor(), x.tensor(), weight.weight(), nullptr, nullptr, {2, 64},
+                         scratch.view(), stream),
+                  Error);
+}
+
+}  // namespace frspec::cuda

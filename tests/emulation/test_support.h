@@ -1,0 +1,145 @@
+// What the emulation's tests share: RAII for the objects of the runtime, and bugs in child
+// processes.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "ptx.cuh"
+#include "sanitizers.h"
+
+namespace emulation {
+
+using frspec::cuda::check;
+using frspec::cuda::launch;
+using frspec::cuda::LaunchConfig;
+
+// Restores the configuration and resets the device.
+class FreshDevice {
+ public:
+  FreshDevice() { reset_device(); }
+  ~FreshDevice() {
+    config() = saved_;
+    reset_device();
+  }
+  FreshDevice(const FreshDevice&) = delete;
+  FreshDevice& operator=(const FreshDevice&) = delete;
+
+ private:
+  Config saved_ = config();
+};
+
+class Stream {
+ public:
+  Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream"); }
+  // May throw the failure of what is still queued.
+  ~Stream() noexcept(false) { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  operator cudaStream_t() const { return stream_; }
+  void synchronize() const { check(cudaStreamSynchronize(stream_), "synchronize"); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class Event {
+ public:
+  explicit Event(unsigned flags = cudaEventDefault) {
+    check(cudaEventCreateWithFlags(&event_, flags), "event");
+  }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  operator cudaEvent_t() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t count) : count_(count) {
+    check(cudaMalloc(&data_, count * sizeof(T)), "allocate");
+  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
+    check(cudaMemcpy(data_, values.data(), count_ * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  }
+  ~DeviceArray() noexcept(false) { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* data() const { return data_; }
+  // After all that is in the stream.
+  std::vector<T> download(const Stream& stream) const {
+    std::vector<T> values(count_);
+    check(cudaMemcpyAsync(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost, stream),
+          "download");
+    stream.synchronize();
+    return values;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t count_;
+};
+
+template <typename T>
+class PinnedArray {
+ public:
+  explicit PinnedArray(size_t count) {
+    check(cudaHostAlloc(&data_, count * sizeof(T), cudaHostAllocDefault), "allocate pinned");
+  }
+  ~PinnedArray() noexcept(false) { cudaFreeHost(data_); }
+  PinnedArray(const PinnedArray&) = delete;
+  PinnedArray& operator=(const PinnedArray&) = delete;
+  T* data() const { return data_; }
+  T& operator[](size_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+inline LaunchConfig one_block(unsigned threads, const Stream& stream, size_t shared_bytes = 0) {
+  return {.grid = dim3(1), .block = dim3(threads), .stream = stream, .shared_bytes = shared_bytes};
+}
+
+// first, first + 1, ...
+inline std::vector<int> counting(int count, int first = 0) {
+  std::vector<int> values;
+  for (int i = 0; i < count; ++i) values.push_back(first + i);
+  return values;
+}
+
+struct Outcome {
+  int status;  // 0: ended as if nothing was wrong
+  std::string output;
+};
+// In a forked process, under the default configuration except for the order of threads. The body
+// returns whether its results are right.
+Outcome run_in_child(const std::function<bool()>& body);
+
+// The bug must be noticed: by a wrong result, an Error, a sanitizer or a crash. `how` is part of
+// what is said about it; kWrongResult stands for the body's own verdict.
+void expect_noticed(const std::string& how, const std::function<bool()>& body);
+inline const std::string kWrongResult = "wrong result";
+// The same, for what only a build with the sanitizer can notice.
+void expect_noticed_by_asan(const std::string& how, const std::function<bool()>& body);
+
+// Whether run() is right with forward and with reverse order of threads.
+template <typename Run>
+bool right_in_both_orders(const Run& run) {
+  bool right = true;
+  for (const Order order : {Order::kForward, Order::kReverse}) {
+    config().order = order;
+    right = run() && right;
+  }
+  return right;
+}
+
+}  // namespace emulation
