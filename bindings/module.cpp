@@ -99,6 +99,9 @@ NB_MODULE(_core, m) {
       "The kinds of device of this build: name, available, description (or why it is not),"
       " available_bytes.");
 
+  m.def("cuda_build", &frspec::cuda_build, nb::sig("def cuda_build() -> str"),
+        "What the CUDA backend was compiled with and for, or \"none: \" and why there is none.");
+
   m.def(
       "default_tree",
       [](const std::string& device) {

@@ -1,9 +1,13 @@
 // Small data movers: gathers of rows, numbering of rows, and the elementwise parts of products that
 // cuBLAS does.
+#include <algorithm>
+#include <cmath>
+
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
 #include "ptx.cuh"
+#include "synthetic.h"
 
 namespace frspec::cuda {
 namespace {
@@ -51,6 +55,18 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
+    fill_random_kernel(T* out, int64_t count, float scale, uint64_t seed) {
+  dependency_launch();
+  dependency_wait();
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += step) {
+    out[i] = from_float<T>(scale * synthetic_element(seed, i));
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
     multiply_silu_kernel(T* up, int64_t up_stride, const T* gate, int64_t gate_stride, int cols) {
   dependency_launch();
   dependency_wait();
@@ -90,6 +106,18 @@ void fill_rows(const Tensor& out, const float* bias, const Tensor* residual, cud
         static_cast<T*>(out.data), out.stride, bias,
         residual == nullptr ? nullptr : static_cast<const T*>(residual->data),
         residual == nullptr ? int64_t{0} : residual->stride, static_cast<int>(out.cols));
+  });
+}
+
+void fill_random(const Tensor& out, uint64_t seed, cudaStream_t stream) {
+  FRSPEC_CHECK(out.stride == out.cols, Error, "fill_random: rows must be dense");
+  with_element(out.dtype, "fill_random", [&](auto element) {
+    using T = decltype(element);
+    const int64_t count = out.rows * out.cols;
+    const float scale = std::sqrt(3.0f / static_cast<float>(out.cols));
+    launch<fill_random_kernel<T>>(
+        {dim3(std::min(ceil_div(count, kThreads), 16384u)), dim3(kThreads), stream}, "fill_random",
+        static_cast<T*>(out.data), count, scale, seed);
   });
 }
 

@@ -7,8 +7,8 @@
 #   FRSPEC_CUDA_ARCHS  compute capabilities, e.g. "80;90a", or "native"; default: each major one from
 #                      8.0 on that nvcc knows, or the environment variable of that name
 #
-# Sets FRSPEC_CUDA_FOUND, or FRSPEC_NO_CUDA_REASON; and FRSPEC_CUDA_INCLUDE where there is a toolkit,
-# whose headers the emulation of tests/emulation needs.
+# Sets FRSPEC_CUDA_FOUND and FRSPEC_CUDA_BUILD, its description; or FRSPEC_NO_CUDA_REASON. Where there
+# is a toolkit, FRSPEC_CUDA_INCLUDE is set too: the emulation of tests/emulation needs its headers.
 
 set(FRSPEC_CUDA AUTO CACHE STRING "Build the CUDA backend: AUTO, ON or OFF")
 set(FRSPEC_CUDA_ARCHS "$ENV{FRSPEC_CUDA_ARCHS}" CACHE STRING
@@ -84,6 +84,9 @@ else()
   list(APPEND gencode -gencode arch=compute_${newest},code=compute_${newest})
 endif()
 message(STATUS "CUDA: ${FRSPEC_NVCC}, compute capabilities ${archs}")
+string(REGEX MATCH "release ([0-9.]+)" unused "${version}")
+list(JOIN archs ", " arch_list)
+set(FRSPEC_CUDA_BUILD "CUDA ${CMAKE_MATCH_1}, kernels for compute capabilities ${arch_list}")
 
 # Contraction is spelled out in the kernels: two instantiations of one kernel must round alike.
 set(nvcc_flags -std=c++20 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler=-fPIC

@@ -44,14 +44,17 @@ void check_device(int device) {
 }  // namespace
 
 CudaBackend::CudaBackend(int device) : device_(device) {
+  // Kernels are loaded now and not at their first launch, which may be while a graph is recorded.
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   check_device(device);
   check(cudaGetDeviceProperties(&properties_, device), "asking for the device's properties");
   FRSPEC_CHECK(properties_.major >= kOldestMajor, DeviceError, properties_.name,
                " has compute capability ", properties_.major, ".", properties_.minor,
                "; the kernels need ", kOldestMajor, ".0 or newer");
   check(cudaSetDevice(device), "choosing the device");
-  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
-  for (cudaEvent_t& event : marks_) check(cudaEventCreate(&event), "creating an event");
+  stream_owner_ = std::make_unique<Stream>();
+  stream_ = *stream_owner_;
+  for (auto& mark : marks_) mark = std::make_unique<Event>();
   mailbox_ = PinnedMemory(kMailboxBytes);
 }
 
@@ -61,8 +64,6 @@ CudaBackend::~CudaBackend() {
   uploader_.reset();
   for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
   if (cublas_ != nullptr) cublas_api().destroy(cublas_);
-  for (const cudaEvent_t event : marks_) cudaEventDestroy(event);
-  cudaStreamDestroy(stream_);
 }
 
 // ==== Memory and device
@@ -185,15 +186,39 @@ void CudaBackend::post(const void* source, size_t bytes) {
 void CudaBackend::synchronize() { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
 
 void CudaBackend::mark(int stamp) {
-  check(cudaEventRecordWithFlags(marks_[stamp], stream_,
+  check(cudaEventRecordWithFlags(*marks_[stamp], stream_,
                                  recording_ ? cudaEventRecordExternal : cudaEventRecordDefault),
         "recording a time stamp");
 }
 
 double CudaBackend::seconds_between(int first, int second) const {
   float milliseconds = 0.0f;
-  check(cudaEventElapsedTime(&milliseconds, marks_[first], marks_[second]), "reading time stamps");
+  check(cudaEventElapsedTime(&milliseconds, *marks_[first], *marks_[second]),
+        "reading time stamps");
   return static_cast<double>(milliseconds) * 1e-3;
+}
+
+double CudaBackend::measure_bandwidth() {
+  constexpr size_t kMostBytes = size_t{1} << 30;
+  constexpr int kCopies = 10;
+  size_t free = 0;
+  size_t total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  const size_t bytes = std::min(kMostBytes, free / 4) / 4096 * 4096;
+  const DeviceMemory from(bytes);
+  const DeviceMemory to(bytes);
+  const Event start;
+  const Event end;
+  for (int copy = -1; copy < kCopies; ++copy) {  // the first is not timed
+    if (copy == 0) check(cudaEventRecord(start, stream_), "measuring bandwidth");
+    check(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream_),
+          "measuring bandwidth");
+  }
+  check(cudaEventRecord(end, stream_), "measuring bandwidth");
+  synchronize();
+  float milliseconds = 0.0f;
+  check(cudaEventElapsedTime(&milliseconds, start, end), "measuring bandwidth");
+  return 2.0 * kCopies * static_cast<double>(bytes) / (static_cast<double>(milliseconds) * 1e-3);
 }
 
 // ==== Weights
@@ -219,6 +244,12 @@ void CudaBackend::load_linear(const LinearWeight& weight, int64_t first_row,
       static_cast<char*>(weight.data) +
       first_row * weight.in_features * static_cast<int64_t>(dtype_size(weight.dtype));
   uploader_->upload(destination, weight.dtype, host_source);
+}
+
+void CudaBackend::fill_linear(const LinearWeight& weight, uint64_t seed) {
+  const Tensor rows{weight.data, weight.dtype, weight.out_features, weight.in_features,
+                    weight.in_features};
+  fill_random(rows, seed, stream_);
 }
 
 void CudaBackend::load_vector(float* destination, const Tensor& host_source) {
@@ -356,6 +387,10 @@ void CudaBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const i
   cuda::walk_tree(walk, tree, chosen, stream_);
 }
 
+void CudaBackend::plant_tree(const DraftTree& tree, const Plant& plant) {
+  cuda::plant_tree(tree, plant, stream_);
+}
+
 void CudaBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                             const int32_t* path, const int32_t* path_length) {
   cuda::commit_kv(layers, layer_count, base, path, path_length, stream_);
@@ -368,5 +403,7 @@ namespace frspec {
 std::unique_ptr<Backend> make_cuda_backend(int device) {
   return std::make_unique<cuda::CudaBackend>(device);
 }
+
+std::string cuda_build() { return FRSPEC_CUDA_BUILD; }
 
 }  // namespace frspec

@@ -12,6 +12,7 @@
 
 #include "backend.h"
 #include "cublas.h"
+#include "handles.h"
 #include "kernels.h"
 #include "memory.h"
 
@@ -41,10 +42,12 @@ class CudaBackend final : public Backend {
   void synchronize() override;
   void mark(int stamp) override;
   double seconds_between(int first, int second) const override;
+  double measure_bandwidth() override;
 
   size_t linear_bytes(DType dtype, int64_t out_features, int64_t in_features) const override;
   void load_linear(const LinearWeight& weight, int64_t first_row,
                    const Tensor& host_source) override;
+  void fill_linear(const LinearWeight& weight, uint64_t seed) override;
   void load_vector(float* destination, const Tensor& host_source) override;
   void gather_linear(const LinearWeight& destination, const LinearWeight& source,
                      const int32_t* host_rows) override;
@@ -69,6 +72,7 @@ class CudaBackend final : public Backend {
   void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
   void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
   void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
+  void plant_tree(const DraftTree& tree, const Plant& plant) override;
   void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                  const int32_t* path, const int32_t* path_length) override;
 
@@ -81,8 +85,9 @@ class CudaBackend final : public Backend {
 
   int device_;
   cudaDeviceProp properties_{};
+  std::unique_ptr<Stream> stream_owner_;
   cudaStream_t stream_ = nullptr;
-  cudaEvent_t marks_[kMarks] = {};
+  std::unique_ptr<Event> marks_[kMarks];
   void* cublas_ = nullptr;
   DeviceMemory memory_;
   PinnedMemory mailbox_;

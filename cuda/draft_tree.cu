@@ -88,6 +88,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    plant_tree_kernel(const DraftTree tree, const Plant plant) {
+  dependency_launch();
+  dependency_wait();
+  for (int32_t node = threadIdx.x; node < tree.nodes; node += kThreads) {
+    plant_node(tree, plant, node);
+  }
+  __syncthreads();
+  for (int32_t node = threadIdx.x; node < tree.nodes; node += kThreads)
+    relink_node(tree, plant, node);
+}
+
 // Pieces of 16 bytes that a thread moves: of a path of at most kMaxTreeDepth + 1 rows of 256
 // elements.
 constexpr int kMoves = ((kMaxTreeDepth + 1) * 256 / 8 + kThreads - 1) / kThreads;
@@ -138,6 +150,10 @@ void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chose
   FRSPEC_CHECK(tree.nodes >= 1 && tree.nodes <= kMaxTreeNodes, Error, "walk_tree: ", tree.nodes,
                " nodes, at most ", kMaxTreeNodes, " are possible");
   launch<walk_tree_kernel>({dim3(1), dim3(kThreads), stream}, "walk_tree", walk, tree, chosen);
+}
+
+void plant_tree(const DraftTree& tree, const Plant& plant, cudaStream_t stream) {
+  launch<plant_tree_kernel>({dim3(1), dim3(kThreads), stream}, "plant_tree", tree, plant);
 }
 
 void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base, const int32_t* path,

@@ -25,6 +25,8 @@ void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_
                  cudaStream_t stream);
 // out [n, cols] = bias [cols] (or 0) + residual [n, cols] (or 0).
 void fill_rows(const Tensor& out, const float* bias, const Tensor* residual, cudaStream_t stream);
+// Dense rows of random elements, uniform with variance 1 / cols (runtime/synthetic.h).
+void fill_random(const Tensor& out, uint64_t seed, cudaStream_t stream);
 // up = silu(gate) * up, elementwise.
 void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream);
 
@@ -111,6 +113,7 @@ void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& ro
                 cudaStream_t stream);
 void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen,
                cudaStream_t stream);
+void plant_tree(const DraftTree& tree, const Plant& plant, cudaStream_t stream);
 void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base, const int32_t* path,
                const int32_t* path_length, cudaStream_t stream);
 

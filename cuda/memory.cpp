@@ -45,15 +45,10 @@ PinnedMemory::~PinnedMemory() {
 Uploader::Uploader(cudaStream_t stream)
     : stream_(stream),
       buffers_(kBuffers * kBufferBytes),
-      threads_(std::min(4, cpu::usable_threads())) {
-  for (cudaEvent_t& event : sent_) {
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-  }
-}
+      threads_(std::min(4, cpu::usable_threads())) {}
 
 Uploader::~Uploader() {
   cudaStreamSynchronize(stream_);  // the buffers are still being read
-  for (const cudaEvent_t event : sent_) cudaEventDestroy(event);
 }
 
 void Uploader::upload(void* destination, DType dtype, const Tensor& source) {

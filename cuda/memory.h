@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "cpu/thread_pool.h"
+#include "handles.h"
 #include "tensor.h"
 
 namespace frspec::cuda {
@@ -56,7 +57,7 @@ class Uploader {
 
   cudaStream_t stream_;
   PinnedMemory buffers_;
-  cudaEvent_t sent_[kBuffers] = {};
+  FenceEvent sent_[kBuffers];
   int next_ = 0;
   cpu::ThreadPool threads_;
 };

@@ -26,6 +26,7 @@
 
 #include "arena.h"
 #include "draft_tree.h"
+#include "plant.h"
 #include "sampling.h"
 #include "tensor.h"
 
@@ -81,7 +82,7 @@ struct Visible {
 
 // Which work run() is given: the same key, the same ops with the same arguments.
 struct WorkKey {
-  enum Kind : int32_t { kPlainRound, kDraftedRound, kObserve } kind;
+  enum Kind : int32_t { kPlainRound, kDraftedRound, kPlantedRound, kObserve } kind;
   int32_t rows;
   int64_t length_bound;
 };
@@ -150,6 +151,9 @@ class Backend {
   // Time stamps 0 ... kMarks - 1 among the ops; seconds between two of them, after synchronize().
   virtual void mark(int stamp) = 0;
   virtual double seconds_between(int first, int second) const = 0;
+  // Bytes per second that the memory of the weights gives, measured now: reads by all threads on a
+  // CPU, a copy (bytes read and written) on a GPU. The floor of a decoding step is measured by it.
+  virtual double measure_bandwidth() = 0;
   static constexpr size_t kMailboxBytes = 1024;
   static constexpr int kMarks = 4;
 
@@ -160,6 +164,8 @@ class Backend {
   // memory) at weight rows first_row ..., converting to weight.dtype (round to nearest even).
   virtual void load_linear(const LinearWeight& weight, int64_t first_row,
                            const Tensor& host_source) = 0;
+  // Random elements, uniform with variance 1 / in_features (synthetic.h).
+  virtual void fill_linear(const LinearWeight& weight, uint64_t seed) = 0;
   // fp32 vector from a host vector [1, count] of any float dtype.
   virtual void load_vector(float* destination, const Tensor& host_source) = 0;
   // destination row i = source row rows[i]; used once, for the sub-vocabulary head. rows: host
@@ -208,6 +214,8 @@ class Backend {
   virtual void expand_beam(const DraftPool& pool, const DraftLevel& level) = 0;
   virtual void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) = 0;
   virtual void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) = 0;
+  // Plants recorded tokens into a tree that was just built (plant.h).
+  virtual void plant_tree(const DraftTree& tree, const Plant& plant) = 0;
   // For every layer: slot base + j takes the row of slot base + path[j], for j ascending below
   // *path_length (path[j] >= j).
   virtual void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
@@ -218,5 +226,8 @@ class Backend {
 // have one, else the CPU. threads: of the CPU, 0 = all that the process may use. RequestError for
 // nonsense, DeviceError when absent.
 std::unique_ptr<Backend> make_backend(const std::string& device, int threads);
+
+// What this build's CUDA backend was compiled with and for, or "none: " and why there is none.
+std::string cuda_build();
 
 }  // namespace frspec

@@ -308,6 +308,10 @@ ModelConfig read_config(const std::string& folder, bool drafter) {
   config.eos_token_ids = read_token_ids(keys, "eos_token_id", config.vocab_size);
   const std::vector<int32_t> bos = read_token_ids(keys, "bos_token_id", config.vocab_size);
   if (!bos.empty()) config.bos_token_id = bos.front();
+  if (keys.find("frspec_synthetic_seed") != nullptr) {
+    config.synthetic_seed =
+        static_cast<uint64_t>(keys.integer("frspec_synthetic_seed", 0, INT32_MAX));
+  }
   return config;
 }
 

@@ -33,12 +33,13 @@ struct ModelConfig {
   double rope_theta = 10000.0;
   RopeScaling rope_scaling;
   bool tie_word_embeddings = false;
-  bool qkv_bias = false;               // q, k and v projections
-  bool o_bias = false;                 // attention output projection
-  bool mlp_bias = false;               // gate, up and down projections
-  std::optional<DType> dtype;          // what the checkpoint says it is stored in
-  std::vector<int32_t> eos_token_ids;  // in the file's order, without duplicates; may be empty
-  int32_t bos_token_id = -1;           // -1: none
+  bool qkv_bias = false;                   // q, k and v projections
+  bool o_bias = false;                     // attention output projection
+  bool mlp_bias = false;                   // gate, up and down projections
+  std::optional<DType> dtype;              // what the checkpoint says it is stored in
+  std::vector<int32_t> eos_token_ids;      // in the file's order, without duplicates; may be empty
+  int32_t bos_token_id = -1;               // -1: none
+  std::optional<uint64_t> synthetic_seed;  // random weights instead of tensors (synthetic.h)
 };
 
 // Reads config.json (and generation_config.json for the end tokens). Keys that are absent take

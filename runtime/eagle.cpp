@@ -9,11 +9,11 @@ namespace {
 constexpr const char* kBuffers = "drafter activations";
 }
 
-void Eagle::layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, const Llama& target,
+void Eagle::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const Llama& target,
                    const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows) {
   const DType dtype = target.head.dtype;
   const int64_t hidden = config.hidden_size;
-  WeightReader reader(backend, arena, checkpoint, dtype, "drafter weights");
+  WeightReader reader(backend, arena, checkpoint, config, dtype, "drafter weights");
   fc_ = reader.linear({{"fc", hidden}}, 2 * hidden, reader.contains("fc.bias"));
   layers_.clear();
   for (int64_t index = 0; index < config.num_layers; ++index) {

@@ -21,7 +21,7 @@ class Eagle final : public Drafter {
   // sub_vocab: token ids of the draft head's columns, in host memory; empty: the full vocabulary,
   // scored with the target's own head. slots: committed positions that the KV cache holds besides
   // the beam. The weights are kept in the target's dtype.
-  void layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, const Llama& target,
+  void layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const Llama& target,
               const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows);
 
   int32_t tree_nodes() const override;

@@ -31,8 +31,16 @@ class Stopwatch {
   Clock::time_point last_ = Clock::now();
 };
 
-DType weight_dtype(const EngineOptions& options, Checkpoint& checkpoint, const std::string& name) {
-  return options.dtype ? parse_dtype(*options.dtype) : checkpoint.tensor(name).dtype;
+// None for a folder that asks for random weights.
+std::unique_ptr<Checkpoint> open_checkpoint(const std::string& folder, const ModelConfig& config) {
+  return config.synthetic_seed ? nullptr : std::make_unique<Checkpoint>(folder);
+}
+
+DType weight_dtype(const EngineOptions& options, const ModelConfig& config,
+                   Checkpoint* checkpoint) {
+  if (options.dtype) return parse_dtype(*options.dtype);
+  if (checkpoint == nullptr) return config.dtype.value_or(DType::kBF16);
+  return checkpoint->tensor("model.embed_tokens.weight").dtype;
 }
 
 void check_tree(const TreeShape& tree) {
@@ -73,15 +81,15 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
                options.vocab_size, " needs a ranking file, found none");
 
   target_.config = read_model_config(options.model);
-  target_checkpoint_ = std::make_unique<Checkpoint>(options.model);
-  dtype_ = weight_dtype(options, *target_checkpoint_, "model.embed_tokens.weight");
+  target_checkpoint_ = open_checkpoint(options.model, target_.config);
+  dtype_ = weight_dtype(options, target_.config, target_checkpoint_.get());
   if (options.drafter) {
     eagle_ = std::make_unique<Eagle>();
     eagle_->config = read_eagle_config(*options.drafter);
     check_drafter(*options.drafter, eagle_->config, target_.config);
     eagle_->config.vocab_size = target_.config.vocab_size;
-    drafter_checkpoint_ = std::make_unique<Checkpoint>(*options.drafter);
-    read_biases(*drafter_checkpoint_, eagle_->config);
+    drafter_checkpoint_ = open_checkpoint(*options.drafter, eagle_->config);
+    if (drafter_checkpoint_ != nullptr) read_biases(*drafter_checkpoint_, eagle_->config);
     eagle_->shape = options.tree;
     if (options.vocab_size > 0) {
       sub_vocab_ = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
@@ -148,10 +156,10 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   }
   backend_->layout(arena, limits);
 
-  target_.layout(*backend_, arena, *target_checkpoint_, dtype_, max_context + nodes,
+  target_.layout(*backend_, arena, target_checkpoint_.get(), dtype_, max_context + nodes,
                  max_context + depth, pass_rows_);
   if (eagle_ != nullptr) {
-    eagle_->layout(*backend_, arena, *drafter_checkpoint_, target_, sub_vocab_, max_context,
+    eagle_->layout(*backend_, arena, drafter_checkpoint_.get(), target_, sub_vocab_, max_context,
                    pass_rows_);
   }
 
@@ -161,6 +169,7 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   logits_ = arena.take_tensor("target logits", DType::kF32, nodes, config.vocab_size);
   constexpr const char* kRound = "round buffers";
   const auto rows = static_cast<size_t>(pass_rows_);
+  const auto context_tokens = static_cast<size_t>(max_context);
   pass_tokens_ = arena.take_array<int32_t>(kRound, rows);
   pass_next_tokens_ = arena.take_array<int32_t>(kRound, rows);
   pass_positions_ = arena.take_array<int32_t>(kRound, rows);
@@ -187,6 +196,8 @@ void Engine::layout(Arena& arena, int64_t max_context) {
     walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1, {root_, root_ + 1}};
   }
   sampling_ = arena.take_array<Sampling>(kRound, 1);
+  planted_tokens_ = nullptr;
+  if (options_.plant) planted_tokens_ = arena.take_array<int32_t>(kRound, context_tokens);
 }
 
 int64_t Engine::longest_context_within(size_t bytes) {
@@ -283,6 +294,36 @@ void Engine::check_request(std::span<const int32_t> prompt, const Request& reque
                "min_p must be in [0, 1], found ", sampling.min_p);
   FRSPEC_CHECK(request.method == Method::kPlain || eagle_ != nullptr, RequestError,
                "method 'eagle2' needs a drafter, found none");
+}
+
+void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
+  FRSPEC_CHECK(options_.plant && eagle_ != nullptr && loaded_, RequestError,
+               "planting needs a loaded engine with a drafter and EngineOptions::plant");
+  FRSPEC_CHECK(static_cast<int64_t>(recorded.size()) <= max_context_, RequestError,
+               "the recorded sequence has ", recorded.size(), " tokens, max_context is ",
+               max_context_);
+  const int32_t depth = eagle_->tree_depth();
+  FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
+               "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
+               accept_length);
+  plant_ = Plant{};
+  if (recorded.empty()) return;
+  backend_->upload(planted_tokens_, recorded.data(), recorded.size() * sizeof(int32_t));
+  plant_.recorded = planted_tokens_;
+  plant_.length = static_cast<int32_t>(recorded.size());
+  plant_.depth = std::min(depth, eagle_->tree_nodes() - 1);
+  plant_.vocab = static_cast<int32_t>(target_.config.vocab_size);
+  // A round emits 1 + a + a^2 + ... + a^depth tokens on average.
+  double low = 0.0;
+  double high = 1.0;
+  for (int step = 0; step < 60; ++step) {
+    const double a = (low + high) / 2;
+    double mean = 1.0;
+    double power = 1.0;
+    for (int32_t d = 0; d < plant_.depth; ++d) mean += power *= a;
+    (mean < accept_length ? low : high) = a;
+  }
+  plant_.acceptance = static_cast<float>(high);
 }
 
 void Engine::start(std::span<const int32_t> prompt, const Request& request) {
@@ -391,6 +432,7 @@ void Engine::prefill_chunk() {
 void Engine::draft_and_verify(int64_t length_bound) {
   Backend& backend = *backend_;
   drafter_->draft(backend, tree_, walk_.root, length_bound);
+  if (plant_.recorded != nullptr) backend.plant_tree(tree_, plant_);
   backend.mark(kDrafted);
 
   const int64_t nodes = tree_.nodes;
@@ -430,7 +472,9 @@ void Engine::round() {
     observed_ += unobserved_;
     unobserved_ = 0;
   }
-  const auto kind = drafter_->observes() ? WorkKey::kDraftedRound : WorkKey::kPlainRound;
+  const auto kind = plant_.recorded != nullptr ? WorkKey::kPlantedRound
+                    : drafter_->observes()     ? WorkKey::kDraftedRound
+                                               : WorkKey::kPlainRound;
   backend_->run({kind, tree_.nodes, bound}, [&] { draft_and_verify(bound); });
   backend_->synchronize();
 

@@ -28,6 +28,7 @@ struct EngineOptions {
   size_t memory_limit = 0;             // bytes; 0: what the device has
   int threads = 0;                     // 0: all that the process may use
   TreeShape tree;
+  bool plant = false;  // room for plant()
 };
 
 enum class Method { kPlain, kEagle2 };
@@ -67,6 +68,12 @@ class Engine {
   bool has_drafter() const { return eagle_ != nullptr; }
   int64_t draft_vocab_size() const;  // columns of the draft head; 0 without a drafter
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
+  double measure_bandwidth() { return backend_->measure_bandwidth(); }  // once loaded
+
+  // For benchmarks: from the next start() on, drafted rounds have the tokens of `recorded` (prompt
+  // and continuation, as plain decoding wrote it) planted into their trees, so that they accept
+  // accept_length tokens on average (plant.h). Empty: ends that.
+  void plant(std::span<const int32_t> recorded, double accept_length);
 
   // Begins a sequence. The longest usable prefix of the previous one is kept in the KV cache; the
   // rest of the prompt is computed by the following steps. RequestError leaves the previous state
@@ -136,6 +143,8 @@ class Engine {
   int64_t walk_result_size_ = 0;
   int32_t* root_ = nullptr;       // [2]: token, base
   Sampling* sampling_ = nullptr;  // [1] of the current request
+  int32_t* planted_tokens_ = nullptr;
+  Plant plant_;
 
   // The current sequence: sequence_[i] is in KV slot i for i < target_.kv.length; the element
   // behind those is the root, chosen but not yet computed.

@@ -67,7 +67,7 @@ class Llama {
   KvCache kv;
 
   // slots of the KV cache, positions of the RoPE table, rows of the largest pass.
-  void layout(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype, int64_t slots,
+  void layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType dtype, int64_t slots,
               int64_t positions, int64_t rows);
 
   // features [n, d]: the hidden states after the final norm, which the head and the drafters read.

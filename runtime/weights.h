@@ -1,4 +1,4 @@
-// Reads the weights of a network from a checkpoint into the arena.
+// Reads the weights of a network from a checkpoint into the arena, or makes random ones.
 //
 // One description serves both passes of the layout (arena.h): over a planning arena every tensor is
 // looked up and its shape checked, but no byte of it is read; over real memory each tensor is read
@@ -11,17 +11,20 @@
 #include "arena.h"
 #include "backend.h"
 #include "checkpoint.h"
+#include "config.h"
 
 namespace frspec {
 
 class WeightReader {
  public:
-  // plan_name: the line of the memory plan that these weights are counted under.
-  WeightReader(Backend& backend, Arena& arena, Checkpoint& checkpoint, DType dtype,
-               const char* plan_name)
+  // plan_name: the line of the memory plan that these weights are counted under. checkpoint: null
+  // for random weights from config's synthetic_seed.
+  WeightReader(Backend& backend, Arena& arena, Checkpoint* checkpoint, const ModelConfig& config,
+               DType dtype, const char* plan_name)
       : backend_(backend),
         arena_(arena),
         checkpoint_(checkpoint),
+        seed_(config.synthetic_seed.value_or(0)),
         dtype_(dtype),
         plan_name_(plan_name) {}
 
@@ -36,12 +39,18 @@ class WeightReader {
   // [rows].
   LinearWeight linear(const std::vector<Part>& parts, int64_t in_features, bool with_bias);
 
-  bool contains(const std::string& name) const { return checkpoint_.contains(name); }
+  bool contains(const std::string& name) const {
+    return checkpoint_ != nullptr && checkpoint_->contains(name);
+  }
 
  private:
+  // A vector of random weights: ones for norms, zeros for biases.
+  void fill_vector(float* destination, int64_t size, float value);
+
   Backend& backend_;
   Arena& arena_;
-  Checkpoint& checkpoint_;
+  Checkpoint* checkpoint_;
+  uint64_t seed_;
   DType dtype_;
   const char* plan_name_;
 };

@@ -48,29 +48,6 @@ struct Model {
   LinearWeight head;
 };
 
-// Every thread sums chunks of consecutive memory.
-double read_seconds(ThreadPool& pool, const void* memory, size_t bytes) {
-  typedef uint64_t Vector __attribute__((vector_size(64), may_alias));
-  constexpr int kSums = 8;
-  constexpr int64_t kChunk = 1 << 20;
-  constexpr int64_t kVectors = kChunk / static_cast<int64_t>(sizeof(Vector));
-  const Vector* data = static_cast<const Vector*>(memory);
-  std::vector<uint64_t> sums(static_cast<size_t>(pool.threads()) * 8);
-  const Clock::time_point start = Clock::now();
-  pool.parallel_for(static_cast<int64_t>(bytes) / kChunk, 4,
-                    [&](int64_t begin, int64_t end, int thread) {
-                      Vector sum[kSums] = {};
-                      for (int64_t i = begin * kVectors; i < end * kVectors; i += kSums) {
-                        for (int u = 0; u < kSums; ++u) sum[u] += data[i + u];
-                      }
-                      for (int u = 1; u < kSums; ++u) sum[0] += sum[u];
-                      sums[static_cast<size_t>(thread) * 8] += sum[0][0] + sum[0][1];
-                    });
-  const double seconds = seconds_since(start);
-  if (sums[0] == 1) std::puts("");  // the sums must be computed
-  return seconds;
-}
-
 // Multiply-adds of a product with bf16 weights whose operands stay in the L1 caches, by the
 // backend's own kernel.
 double peak_seconds(ThreadPool& pool, const Kernels& kernels, double& multiply_adds) {
@@ -175,22 +152,20 @@ int run_bench(int threads, int rounds, const std::vector<int64_t>& all_rows) {
   bench.layout(arena);
   fill(bench.x, 1);
 
-  double read = 1e9;
+  double bandwidth = 0;
   double peak = 1e9;
   double peak_operations = 1;
-  const size_t read_bytes = std::min(plan.used_bytes(), size_t{768} << 20);
   std::vector<std::vector<double>> best(2, std::vector<double>(all_rows.size(), 1e9));
   for (int round = 0; round < rounds; ++round) {
     for (size_t m = 0; m < bench.models.size(); ++m) {
       for (size_t i = 0; i < all_rows.size(); ++i) {
         if (all_rows[i] > kMostHeadRows && round % 3 != 0) continue;
-        read = std::min(read, read_seconds(bench.pool, memory, read_bytes));
+        bandwidth = std::max(bandwidth, bench.backend.measure_bandwidth());
         peak = std::min(peak, peak_seconds(bench.pool, bench.kernels, peak_operations));
         best[m][i] = std::min(best[m][i], bench.run(bench.models[m], all_rows[i]));
       }
     }
   }
-  const double bandwidth = static_cast<double>(read_bytes) / read;
   const double rate = peak_operations / peak;
   std::printf("%s\nread bandwidth %.1f GB/s, peak %.1f GMAC/s, best of %d rounds\n\n",
               bench.backend.info().description.c_str(), bandwidth * 1e-9, rate * 1e-9, rounds);

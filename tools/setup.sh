@@ -3,9 +3,10 @@
 #
 # usage: tools/setup.sh [run|test|ci]
 #   run   (default) what running frspec needs
-#   test  also what the C++ and Python tests need
+#   test  also what the C++ and Python tests need, a CUDA compiler and its headers among it
 #   ci    also the formatters
 #
+# Where nvcc is found (in PATH, /usr/local/cuda, or the environment), frspec is built with CUDA.
 # Debian/Ubuntu packages that are missing are installed when this runs as root, and named when it
 # does not. Everything else comes from PyPI. FRSPEC_VENV names another folder for the environment;
 # an environment that happens to be active is left alone. Running it again is quick: only what
@@ -39,7 +40,8 @@ command -v "$python" >/dev/null || fail "python3 (3.10 or newer) is missing"
 
 # What the installed package is made of.
 state() {
-  "$python" - "$venv" "${CXX:-}" "${CXXFLAGS:-}" "${CMAKE_ARGS:-}" <<'PYTHON'
+  "$python" - "$venv" "${CXX:-}" "${CXXFLAGS:-}" "${CMAKE_ARGS:-}" "${FRSPEC_CUDA_ARCHS:-}" \
+    "$(command -v nvcc || true)" <<'PYTHON'
 import hashlib
 import pathlib
 import sys
@@ -125,6 +127,12 @@ cmake_version=$(cmake --version 2>/dev/null | sed -n '1s/.* //p' || true)
 oldest=$(printf '%s\n' "${cmake_version:-0}" 3.25 | sort -V | head -n 1)
 [ "$oldest" = 3.25 ] || tools+=("cmake>=3.25")
 command -v ninja >/dev/null || tools+=(ninja)
+# The compiler and the headers of CUDA from PyPI, where the system has none: the kernels' tests are
+# compiled for an emulation of CUDA, and the kernels themselves for every GPU.
+if [ "$purpose" != run ] && ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
+  tools+=("nvidia-cuda-nvcc==13.*" "nvidia-cuda-crt==13.*" "nvidia-nvvm==13.*")
+  tools+=("nvidia-cuda-runtime==13.*" "nvidia-cuda-cccl==13.*")
+fi
 # Pinned, because every version formats a little otherwise.
 [ "$purpose" != ci ] || tools+=(clang-format==14.0.6 ruff==0.17.6)
 say "fetching build tools"

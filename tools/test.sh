@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every test on a bare machine: sets everything up, then the C++ tests and pytest.
+# Every test on a bare machine: sets everything up, then the C++ tests (those of the CUDA kernels on
+# the CPU, under the emulation of tests/emulation) and pytest.
 # usage: tools/test.sh [options of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,7 +10,7 @@ export PATH="$venv/bin:$PATH"
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 cmake -S . -B build/tests -G Ninja -DCMAKE_BUILD_TYPE=Release -DFRSPEC_BUILD_TESTS=ON \
-  -DFRSPEC_BUILD_PYTHON=OFF
+  -DFRSPEC_BUILD_PYTHON=OFF -DFRSPEC_CUDA=OFF
 cmake --build build/tests
 
 # Both run, so that one failure does not hide another.

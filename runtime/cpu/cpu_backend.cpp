@@ -1,6 +1,7 @@
 #include "cpu/cpu_backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <fstream>
 
@@ -56,6 +57,30 @@ void CpuBackend::mark(int stamp) { marks_[stamp] = Clock::now(); }
 
 double CpuBackend::seconds_between(int first, int second) const {
   return std::chrono::duration<double>(marks_[second] - marks_[first]).count();
+}
+
+double CpuBackend::measure_bandwidth() {
+  typedef uint64_t Vector __attribute__((vector_size(64), may_alias));
+  constexpr int kSums = 8;
+  constexpr int64_t kChunk = 1 << 20;
+  constexpr int64_t kVectors = kChunk / static_cast<int64_t>(sizeof(Vector));
+  constexpr int64_t kMostChunks = 768;
+  const int64_t chunks =
+      std::min<int64_t>(kMostChunks, static_cast<int64_t>(memory_.bytes()) / kChunk);
+  FRSPEC_CHECK(chunks > 0, Error, "measure_bandwidth: there is no memory to read");
+  const auto* data = static_cast<const Vector*>(memory_.data());
+  std::atomic<uint64_t> total{0};  // so that the sums must be computed
+  const Clock::time_point start = Clock::now();
+  pool_.parallel_for(chunks, 4, [&](int64_t begin, int64_t end, int) {
+    Vector sum[kSums] = {};
+    for (int64_t i = begin * kVectors; i < end * kVectors; i += kSums) {
+      for (int u = 0; u < kSums; ++u) sum[u] += data[i + u];
+    }
+    for (int u = 1; u < kSums; ++u) sum[0] += sum[u];
+    total += sum[0][0] + sum[0][1];
+  });
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  return static_cast<double>(chunks * kChunk) / seconds;
 }
 
 std::unique_ptr<Backend> make_cpu_backend(int threads, const Kernels* kernels) {

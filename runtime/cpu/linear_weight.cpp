@@ -1,11 +1,14 @@
 // Packed weights: placing rows into panels, gathering rows out of them, embedding.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "check.h"
 #include "cpu/convert.h"
 #include "cpu/cpu_backend.h"
+#include "synthetic.h"
 
 namespace frspec::cpu {
 namespace {
@@ -115,6 +118,22 @@ void CpuBackend::load_linear(const LinearWeight& weight, int64_t first_row,
       }
     }
   });
+}
+
+void CpuBackend::fill_linear(const LinearWeight& weight, uint64_t seed) {
+  constexpr int64_t kRows = 64;
+  const int64_t cols = weight.in_features;
+  const float scale = std::sqrt(3.0f / static_cast<float>(cols));
+  std::vector<float> rows(static_cast<size_t>(kRows * cols));
+  for (int64_t first = 0; first < weight.out_features; first += kRows) {
+    const int64_t count = std::min(kRows, weight.out_features - first);
+    pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin * cols; i < end * cols; ++i) {
+        rows[static_cast<size_t>(i)] = scale * synthetic_element(seed, first * cols + i);
+      }
+    });
+    load_linear(weight, first, {rows.data(), DType::kF32, count, cols, cols});
+  }
 }
 
 void CpuBackend::load_vector(float* destination, const Tensor& host_source) {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <set>
 
 #include "engine.h"
 #include "tiny_model.h"
@@ -155,6 +156,46 @@ TEST_CASE("the memory plan") {
   Engine fitting(options);
   fitting.load();
   CHECK(generate(fitting, {1, 2, 3}, make_request(Method::kEagle2, 0.0f)).size() == 60);
+}
+
+TEST_CASE("a planted continuation is accepted at the wanted length, and changes no text") {
+  EngineOptions options = tiny_options("plant", {6, 4, 30});
+  options.plant = true;
+  options.max_context = 1200;
+  Engine engine(options);
+  engine.load();
+  Request request = make_request(Method::kPlain, 0.0f);
+  request.max_new_tokens = 1000;
+  std::vector<int32_t> recorded = kPrompt;
+  const auto plain = generate(engine, kPrompt, request);
+  recorded.insert(recorded.end(), plain.begin(), plain.end());
+  request.method = Method::kEagle2;
+  for (const double wanted : {1.0, 2.6, 3.89, 7.0}) {
+    engine.plant(recorded, wanted);
+    CHECK(generate(engine, kPrompt, request) == plain);
+    const auto rounds = static_cast<double>(engine.accept_lengths().size());
+    CHECK(999 / rounds == doctest::Approx(wanted).epsilon(0.1));
+  }
+  engine.plant({}, 1.0);
+  CHECK(generate(engine, kPrompt, request) == plain);
+  CHECK_THROWS_AS(engine.plant(recorded, 7.5), RequestError);
+}
+
+TEST_CASE("a folder may ask for random weights") {
+  const std::string target = test::write_synthetic("synthetic_target", {}, 2);
+  const std::string drafter = test::write_synthetic("synthetic_drafter", {}, 1);
+  EngineOptions options;
+  options.model = target;
+  options.drafter = drafter;
+  options.device = "cpu";
+  options.max_context = 160;
+  options.tree = {3, 4, 12};
+  Engine engine(options);
+  CHECK(engine.dtype() == DType::kBF16);
+  engine.load();
+  const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, 1.0f));
+  CHECK(std::set<int32_t>(plain.begin(), plain.end()).size() > 20);
+  CHECK(generate(engine, kPrompt, make_request(Method::kEagle2, 1.0f)) == plain);
 }
 
 TEST_CASE("sizes without a kernel are refused before anything is loaded") {

@@ -66,23 +66,7 @@ class FolderWriter {
   }
 
   std::string finish(const TinySizes& s, int64_t layers, bool tied = true) {
-    const nlohmann::json config = {{"architectures", {"LlamaForCausalLM"}},
-                                   {"model_type", "llama"},
-                                   {"hidden_size", s.hidden},
-                                   {"intermediate_size", s.ffn},
-                                   {"num_hidden_layers", layers},
-                                   {"num_attention_heads", s.heads},
-                                   {"num_key_value_heads", s.kv_heads},
-                                   {"head_dim", s.head_dim},
-                                   {"vocab_size", s.vocab},
-                                   {"max_position_embeddings", 2048},
-                                   {"rms_norm_eps", 1e-5},
-                                   {"rope_theta", 10000.0},
-                                   {"tie_word_embeddings", tied},
-                                   {"hidden_act", "silu"},
-                                   {"eos_token_id", 1},
-                                   {"torch_dtype", "float32"}};
-    std::ofstream(folder_ / "config.json") << config.dump();
+    write_config(s, layers, tied);
     std::string header = header_.dump();
     header.resize((header.size() + 7) / 8 * 8, ' ');
     const uint64_t size = header.size();
@@ -93,7 +77,35 @@ class FolderWriter {
     return folder_.string();
   }
 
+  // No tensors: random weights (runtime/synthetic.h).
+  std::string finish_synthetic(const TinySizes& s, int64_t layers) {
+    write_config(s, layers, false, {{"frspec_synthetic_seed", 1}, {"torch_dtype", "bfloat16"}});
+    return folder_.string();
+  }
+
  private:
+  void write_config(const TinySizes& s, int64_t layers, bool tied,
+                    const nlohmann::json& more = nlohmann::json::object()) {
+    nlohmann::json config = {{"architectures", {"LlamaForCausalLM"}},
+                             {"model_type", "llama"},
+                             {"hidden_size", s.hidden},
+                             {"intermediate_size", s.ffn},
+                             {"num_hidden_layers", layers},
+                             {"num_attention_heads", s.heads},
+                             {"num_key_value_heads", s.kv_heads},
+                             {"head_dim", s.head_dim},
+                             {"vocab_size", s.vocab},
+                             {"max_position_embeddings", 2048},
+                             {"rms_norm_eps", 1e-5},
+                             {"rope_theta", 10000.0},
+                             {"tie_word_embeddings", tied},
+                             {"hidden_act", "silu"},
+                             {"eos_token_id", 1},
+                             {"torch_dtype", "float32"}};
+    config.update(more);
+    std::ofstream(folder_ / "config.json") << config.dump();
+  }
+
   std::filesystem::path folder_;
   std::mt19937 random_;
   nlohmann::json header_ = nlohmann::json::object();
@@ -116,6 +128,10 @@ inline std::string write_tiny_drafter(const std::string& name, const TinySizes& 
   writer.normal("fc.bias", {s.hidden}, 0.1f);
   writer.decoder_layer("layers.0.", s, false);
   return writer.finish(s, 1);
+}
+
+inline std::string write_synthetic(const std::string& name, const TinySizes& s, int64_t layers) {
+  return FolderWriter(name, 1).finish_synthetic(s, layers);
 }
 
 // A target that mostly goes from token t to token 3 t + 1 (mod the vocabulary), and a drafter that

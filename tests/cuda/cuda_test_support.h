@@ -18,6 +18,7 @@
 #include "cpu/convert.h"
 #include "cpu/cpu_backend.h"
 #include "cuda_backend.h"
+#include "handles.h"
 #include "kernels.h"
 #include "launch.h"
 
@@ -48,18 +49,6 @@ class Random {
  private:
   std::mt19937_64 engine_;
   std::normal_distribution<float> normal_;
-};
-
-class Stream {
- public:
-  Stream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "test stream"); }
-  ~Stream() { cudaStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  operator cudaStream_t() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
 };
 
 // An array in device memory, of exactly its size, so that the emulation sees an access behind it.

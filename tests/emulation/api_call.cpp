@@ -98,6 +98,13 @@ void fail_next(const char* api_name, cudaError_t error, int after) {
   planned_failures().push_back({api_name, error, after});
 }
 
+size_t live_objects() {
+  const std::lock_guard lock(api_mutex());
+  const Registries& all = registries();
+  return live_allocations() + all.streams.all().size() + all.events.all().size() +
+         all.graphs.all().size() + all.executables.all().size();
+}
+
 void reset_device() {
   const std::lock_guard lock(api_mutex());
   drop_queued_work();

@@ -1,48 +1,50 @@
 // Where threads meet: block barriers and warp collectives, and the checks that they meet in the
 // same place.
-#include <cstring>
 #include <string>
 
+#include "check.h"
 #include "sanitizers.h"
 #include "thread_block.h"
 
 namespace emulation {
 namespace {
 
-void check_same_barrier(Fiber& self, Vote vote, const Site& site) {
-  Block& block = *self.block;
-  if (block.barrier_vote == vote && same_line(block.barrier_site, site)) return;
-  stop_running(self, Waiting::kBlock);
-  abandon_block(self, describe(block, &self) + "threads of one block meet at different barriers:" +
-                          describe_threads(block));
+using frspec::concat;
+
+// Kept out of the functions that run all the time, which would need larger frames for them.
+#define FRSPEC_EMULATION_COLD [[gnu::cold, gnu::noinline]]
+
+FRSPEC_EMULATION_COLD void fail_meeting(Fiber& self, Waiting where, const char* what) {
+  stop_running(self, where);
+  abandon_block(self,
+                concat(describe(*self.block, &self), what, ":", describe_threads(*self.block)));
+}
+
+FRSPEC_EMULATION_COLD void fail_mask(const char* name, const Site& site, const char* what) {
+  fail(concat(name, " at ", describe_site(site), ": the mask ", what));
 }
 
 void complete_barrier(Block& block, Vote vote) {
-  block.barrier_result =
-      vote == Vote::kAny ? block.barrier_votes != 0 ? 1 : 0
-      : vote == Vote::kAll
-          ? block.barrier_votes == static_cast<int>(block.threads) ? 1 : 0
-          : block.barrier_votes;
+  const int votes = block.barrier_votes;
+  block.barrier_result = vote == Vote::kAny   ? (votes > 0 ? 1 : 0)
+                         : vote == Vote::kAll ? (votes == static_cast<int>(block.threads) ? 1 : 0)
+                                              : votes;
   block.at_barrier = 0;
   ++block.barriers_passed;
   for (uint32_t w = 0; w < block.warp_count; ++w) make_runnable(block, w, block.warps[w].existing);
 }
 
-void check_same_collective(Fiber& self, uint32_t mask, CollectiveWork work, const Site& site) {
-  Block& block = *self.block;
-  const Warp& warp = block.warps[self.warp];
+// All lanes of the mask are in the same collective, for the same mask.
+bool same_collective(const Block& block, const Warp& warp, const Fiber& self, uint32_t mask,
+                     CollectiveWork work) {
   for (uint32_t left = mask; left != 0; left &= left - 1) {
     const auto lane = static_cast<uint32_t>(std::countr_zero(left));
     const Fiber& other = *block.fibers[self.warp * kWarpThreads + lane];
-    if (warp.masks[lane] == mask && warp.works[lane] == work && same_line(other.site, site)) {
-      continue;
+    if (warp.masks[lane] != mask || warp.works[lane] != work || !same_line(other.site, self.site)) {
+      return false;
     }
-    stop_running(self, Waiting::kWarp);
-    abandon_block(self, describe(block, &self) +
-                            "lanes of one warp meet at different collectives or with different "
-                            "masks:" +
-                            describe_threads(block));
   }
+  return true;
 }
 
 }  // namespace
@@ -56,8 +58,8 @@ int block_barrier(Vote vote, int predicate, const char* name, Site site) {
     block.barrier_vote = vote;
     block.barrier_site = site;
     block.barrier_votes = 0;
-  } else {
-    check_same_barrier(self, vote, site);
+  } else if (block.barrier_vote != vote || !same_line(block.barrier_site, site)) {
+    fail_meeting(self, Waiting::kBlock, "threads of one block meet at different barriers");
   }
   block.barrier_votes += predicate != 0 ? 1 : 0;
   char* tag = &block.barrier_tags[block.barriers_passed & 1];
@@ -78,13 +80,9 @@ void warp_collective(CollectiveWork work, const char* name, uint32_t mask, void*
   const uint32_t own = 1u << self.lane;
   self.site = site;
   self.operation = name;
-  if ((mask & own) == 0) {
-    fail(std::string(name) + " at " + describe_site(site) +
-         ": the mask does not name the calling lane");
-  }
+  if ((mask & own) == 0) fail_mask(name, site, "does not name the calling lane");
   if ((mask & ~warp.existing) != 0) {
-    fail(std::string(name) + " at " + describe_site(site) +
-         ": the mask names lanes that the block does not have");
+    fail_mask(name, site, "names lanes that the block does not have");
   }
   warp.masks[self.lane] = mask;
   warp.works[self.lane] = work;
@@ -98,10 +96,12 @@ void warp_collective(CollectiveWork work, const char* name, uint32_t mask, void*
     return;
   }
 
-  check_same_collective(self, mask, work, site);
+  if (!same_collective(block, warp, self, mask, work)) {
+    fail_meeting(self, Waiting::kWarp,
+                 "lanes of one warp meet at different collectives or with different masks");
+  }
   const auto lane_fiber = [&](uint32_t lanes) -> Fiber& {
-    return *block.fibers[self.warp * kWarpThreads +
-                         static_cast<uint32_t>(std::countr_zero(lanes))];
+    return *block.fibers[self.warp * kWarpThreads + static_cast<uint32_t>(std::countr_zero(lanes))];
   };
   if (kThreadSanitizer && orders_memory) {
     for (uint32_t left = mask; left != 0; left &= left - 1) acquire(&lane_fiber(left).arrived_tag);

@@ -46,6 +46,16 @@ void read_order(Config& config) {
   }
 }
 
+// Whether the variable has the second of its two values, the first being the default.
+bool read_choice(const char* variable, const char* first, const char* second) {
+  const std::string text = environment(variable);
+  if (text == second) return true;
+  if (!text.empty() && text != first) {
+    refuse(variable, (std::string(first) + " or " + second).c_str(), text);
+  }
+  return false;
+}
+
 void read_modes(Config& config) {
   const char* variable = "FRSPEC_EMULATION_COPIES";
   const std::string copies = environment(variable);
@@ -56,20 +66,13 @@ void read_modes(Config& config) {
   } else if (!copies.empty() && copies != "poison") {
     refuse(variable, "poison, defer or eager", copies);
   }
-  variable = "FRSPEC_EMULATION_STREAMS";
-  const std::string streams = environment(variable);
-  if (streams == "immediate") {
+  if (read_choice("FRSPEC_EMULATION_STREAMS", "lazy", "immediate")) {
     config.streams = Streams::kImmediate;
-  } else if (!streams.empty() && streams != "lazy") {
-    refuse(variable, "lazy or immediate", streams);
   }
-  variable = "FRSPEC_EMULATION_ERRORS";
-  const std::string errors = environment(variable);
-  if (errors == "sticky") {
+  if (read_choice("FRSPEC_EMULATION_ERRORS", "throw", "sticky")) {
     config.kernel_errors = KernelErrors::kSticky;
-  } else if (!errors.empty() && errors != "throw") {
-    refuse(variable, "throw or sticky", errors);
   }
+  if (read_choice("FRSPEC_EMULATION_PROTECT", "on", "off")) config.protect_memory = false;
 }
 
 void read_compute(Config& config) {
@@ -90,8 +93,8 @@ void read_failure() {
   if (first == std::string::npos) refuse(variable, "CALL:ERROR or CALL:ERROR:AFTER", text);
   const size_t second = text.find(':', first + 1);
   const uint64_t error = parse_number(
-      variable,
-      text.substr(first + 1, second == std::string::npos ? second : second - first - 1), text);
+      variable, text.substr(first + 1, second == std::string::npos ? second : second - first - 1),
+      text);
   const uint64_t after =
       second == std::string::npos ? 0 : parse_number(variable, text.substr(second + 1), text);
   fail_next(text.substr(0, first).c_str(), static_cast<cudaError_t>(error),

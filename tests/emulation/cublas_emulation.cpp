@@ -63,16 +63,14 @@ struct Matrix {
 
   void check() const {
     if (rows == 0 || columns == 0) return;
-    const size_t elements = static_cast<size_t>(columns - 1) * static_cast<size_t>(leading) +
-                            static_cast<size_t>(rows);
+    const size_t elements =
+        static_cast<size_t>(columns - 1) * static_cast<size_t>(leading) + static_cast<size_t>(rows);
     if (emulation::in_device(data, elements * element_bytes(type))) return;
     throw emulation::Error(std::string("cublasGemmEx: matrix ") + name +
                            " is not inside one allocation of device memory");
   }
 
-  double at(int row, int column) const {
-    return load(data, type, int64_t{column} * leading + row);
-  }
+  double at(int row, int column) const { return load(data, type, int64_t{column} * leading + row); }
 };
 
 struct Product {

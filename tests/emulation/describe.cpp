@@ -1,6 +1,5 @@
 // How blocks and threads are named in messages.
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <string>
 
@@ -41,11 +40,6 @@ std::string activity(const Block& block, const Fiber& fiber) {
 std::string describe_site(const Site& site) {
   const std::string file = site.file_name();
   return concat(file.substr(file.rfind('/') + 1), ":", site.line());
-}
-
-bool same_line(const Site& a, const Site& b) {
-  return a.line() == b.line() &&
-         (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 std::string describe(const Block& block, const Fiber* fiber) {

@@ -30,7 +30,9 @@ size_t allowed_for(const void* function) {
   return at == allowed.end() ? kDefaultSharedBytes : at->second;
 }
 
-bool has_kernels() { return config().compute_major * 10 + config().compute_minor >= kOldestCompute; }
+bool has_kernels() {
+  return config().compute_major * 10 + config().compute_minor >= kOldestCompute;
+}
 
 bool is_device(int device) { return device >= 0 && device < config().device_count; }
 

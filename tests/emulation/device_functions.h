@@ -31,8 +31,8 @@ template <typename T, typename Function>
 T update(T* p, const Function& function) {
   std::atomic_ref<T> target(*p);
   T old = target.load(std::memory_order_relaxed);
-  while (!target.compare_exchange_weak(old, function(old), kAtomicOrder,
-                                       std::memory_order_relaxed)) {
+  while (
+      !target.compare_exchange_weak(old, function(old), kAtomicOrder, std::memory_order_relaxed)) {
   }
   return old;
 }
@@ -202,8 +202,8 @@ inline float fast_pow(float x, float y) { return std::pow(x, y); }
 #define __powf ::emulation::fast_pow
 
 // Of equal types only: CUDA's conversions between unequal ones are easily overlooked.
-#define FRSPEC_EMULATION_MIN_MAX(T)                     \
-  inline T min(T a, T b) { return b < a ? b : a; }      \
+#define FRSPEC_EMULATION_MIN_MAX(T)                \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 FRSPEC_EMULATION_MIN_MAX(int)
 FRSPEC_EMULATION_MIN_MAX(unsigned)
@@ -217,12 +217,10 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 
-#ifndef __clang__
-#define __builtin_assume(condition)                                            \
-  do {                                                                         \
+#define __builtin_assume(condition)                                                   \
+  do {                                                                                \
     if (!(condition)) ::emulation::fail("__builtin_assume(" #condition ") is false"); \
   } while (0)
-#endif
 
 // ---- bf16 and fp16: the product is exact in double, and so, nearly always, is the sum
 

@@ -19,11 +19,16 @@ namespace emulation {
 namespace {
 
 constexpr size_t kPage = 4096;
+// What is at least as large gets pages of this size: protecting small ones one by one would take
+// longer than many a kernel.
+constexpr size_t kHugePage = 2 << 20;
 constexpr size_t kAlignment = 256;  // cudaMalloc promises it
 constexpr size_t kRangeBytes = size_t{64} << 30;
 constexpr unsigned char kNaN = 0xff;
 
-size_t round_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
+size_t round_up(size_t bytes, size_t multiple) {
+  return (bytes + multiple - 1) / multiple * multiple;
+}
 
 struct Allocation {
   size_t bytes;
@@ -50,10 +55,11 @@ Memory& memory() {
 void reserve_range() {
   Memory& m = memory();
   if (m.range != nullptr) return;
-  void* range = mmap(nullptr, kRangeBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                     -1, 0);
+  void* range = mmap(nullptr, kRangeBytes + kHugePage, PROT_NONE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (range == MAP_FAILED) throw Error("cannot reserve addresses for device memory");
-  m.range = static_cast<char*>(range);
+  m.range =
+      reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(range), size_t{kHugePage}));
   m.accessible = m.scopes > 0 || !config().protect_memory;
 }
 
@@ -68,17 +74,19 @@ void set_accessible(bool accessible) {
 
 // Addresses of what was freed are used again only when the range is used up, so that late accesses
 // meet nothing. Null: no gap is large enough.
-char* find_pages(size_t bytes) {
+char* find_pages(size_t bytes, size_t page) {
   Memory& m = memory();
   for (const bool from_start : {false, true}) {
-    size_t begin = from_start ? kPage : std::max(m.next, kPage);
+    size_t begin = from_start ? 0 : m.next;
     for (auto next = m.allocations.lower_bound(m.range + begin);; ++next) {
+      // An unmapped page on both sides.
+      begin = round_up(begin + kPage, page);
       const size_t end = next == m.allocations.end()
                              ? kRangeBytes
                              : static_cast<size_t>(next->second.pages - m.range);
       if (begin + bytes + kPage <= end) return m.range + begin;
       if (next == m.allocations.end()) break;
-      begin = static_cast<size_t>(next->second.pages - m.range) + next->second.mapped_bytes + kPage;
+      begin = static_cast<size_t>(next->second.pages - m.range) + next->second.mapped_bytes;
     }
   }
   return nullptr;
@@ -111,11 +119,13 @@ void* allocate_device(size_t bytes) {
   install_fault_handler();
   Memory& m = memory();
   const size_t rounded = round_up(std::max<size_t>(bytes, 1), kAlignment);
-  const size_t mapped = round_up(rounded, kPage);
+  const size_t page = rounded < kHugePage ? kPage : kHugePage;
+  const size_t mapped = round_up(rounded, page);
   if (bytes > kRangeBytes || rounded > free_device_bytes()) return nullptr;
-  char* pages = find_pages(mapped);
+  char* pages = find_pages(mapped, page);
   if (pages == nullptr || mprotect(pages, mapped, PROT_READ | PROT_WRITE) != 0) return nullptr;
-  m.next = static_cast<size_t>(pages - m.range) + mapped + kPage;
+  if (page == kHugePage) madvise(pages, mapped, MADV_HUGEPAGE);
+  m.next = static_cast<size_t>(pages - m.range) + mapped;
   char* begin = pages + mapped - rounded;
   allow_access(pages, mapped);
   std::memset(pages, kNaN, mapped);
@@ -198,6 +208,10 @@ bool in_pinned(const void* p, size_t bytes) {
   const auto offset = static_cast<size_t>(begin - at->first);
   return offset <= at->second && bytes <= at->second - offset;
 }
+
+size_t live_allocations() { return memory().allocations.size() + memory().pinned.size(); }
+
+void use_up_device_addresses() { memory().next = kRangeBytes; }
 
 void free_all_memory() {
   Memory& m = memory();

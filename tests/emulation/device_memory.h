@@ -24,7 +24,10 @@ void* allocate_pinned(size_t bytes);
 bool free_pinned(void* p);
 bool in_pinned(const void* p, size_t bytes);
 
+size_t live_allocations();
 void free_all_memory();
+// For tests of what happens then.
+void use_up_device_addresses();
 
 // While one is open, device memory can be accessed.
 class DeviceScope {

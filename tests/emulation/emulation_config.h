@@ -67,6 +67,7 @@ struct Config {
 //   FRSPEC_EMULATION_COPIES   poison | defer | eager
 //   FRSPEC_EMULATION_STREAMS  lazy | immediate
 //   FRSPEC_EMULATION_ERRORS   throw | sticky
+//   FRSPEC_EMULATION_PROTECT  on | off
 //   FRSPEC_EMULATION_THREADS, _DEVICES, _DRIVER, _DEVICE_BYTES   numbers
 //   FRSPEC_EMULATION_COMPUTE  MAJOR.MINOR
 //   FRSPEC_EMULATION_FAIL     CALL:ERROR[:AFTER], as fail_next(); ERROR is a number
@@ -81,6 +82,9 @@ void fail_next(const char* api_name, cudaError_t error, int after = 0);
 // A fresh device: no memory, stream, event or graph of before is left (their handles are refused),
 // no failure is remembered or planned. Config stays, as do the attributes of kernels.
 void reset_device();
+
+// Allocations, streams, events and graphs that have not been released.
+size_t live_objects();
 
 struct Statistics {
   std::atomic<uint64_t> launches{0};

@@ -9,7 +9,8 @@ struct ErrorText {
   const char* description;
 };
 
-#define FRSPEC_EMULATION_ERROR(error, description) {error, #error, description}
+#define FRSPEC_EMULATION_ERROR(error, description) \
+  { error, #error, description }
 constexpr ErrorText kErrors[] = {
     FRSPEC_EMULATION_ERROR(cudaSuccess, "no error"),
     FRSPEC_EMULATION_ERROR(cudaErrorInvalidValue, "invalid argument"),
@@ -33,7 +34,8 @@ constexpr ErrorText kErrors[] = {
                            "the operation cannot be performed in the present state"),
     FRSPEC_EMULATION_ERROR(cudaErrorNotReady, "device not ready"),
     FRSPEC_EMULATION_ERROR(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
-    FRSPEC_EMULATION_ERROR(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
+    FRSPEC_EMULATION_ERROR(cudaErrorLaunchOutOfResources,
+                           "too many resources requested for launch"),
     FRSPEC_EMULATION_ERROR(cudaErrorLaunchTimeout, "the launch timed out and was terminated"),
     FRSPEC_EMULATION_ERROR(cudaErrorMisalignedAddress, "misaligned address"),
     FRSPEC_EMULATION_ERROR(cudaErrorLaunchFailure, "unspecified launch failure"),
@@ -55,8 +57,9 @@ constexpr ErrorText kErrors[] = {
     FRSPEC_EMULATION_ERROR(
         cudaErrorStreamCaptureImplicit,
         "operation would make the legacy stream depend on a capturing blocking stream"),
-    FRSPEC_EMULATION_ERROR(cudaErrorCapturedEvent,
-                           "operation not permitted on an event last recorded in a capturing stream"),
+    FRSPEC_EMULATION_ERROR(
+        cudaErrorCapturedEvent,
+        "operation not permitted on an event last recorded in a capturing stream"),
     FRSPEC_EMULATION_ERROR(
         cudaErrorStreamCaptureWrongThread,
         "attempt to terminate a thread-local capture sequence from another thread"),

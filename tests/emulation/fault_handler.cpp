@@ -102,12 +102,12 @@ void provide_signal_stack() {
 
 void install_fault_handler() {
   if (kAddressSanitizer || kThreadSanitizer) return;
-  struct sigaction current{};
+  struct sigaction current {};
   sigaction(SIGSEGV, nullptr, &current);
   if ((current.sa_flags & SA_SIGINFO) != 0 && current.sa_sigaction == on_fault) return;
   previous_action = current;
   provide_signal_stack();
-  struct sigaction action{};
+  struct sigaction action {};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);

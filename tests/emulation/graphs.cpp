@@ -42,8 +42,8 @@ void run_plan(const GraphPlan& plan) {
   for (size_t i = 0; i < order.size(); ++i) {
     const GraphNode* next =
         i + 1 < order.size() ? &plan.nodes[static_cast<size_t>(order[i + 1])] : nullptr;
-    const bool follows = next != nullptr && next->dependencies.size() == 1 &&
-                         next->dependencies[0] == order[i];
+    const bool follows =
+        next != nullptr && next->dependencies.size() == 1 && next->dependencies[0] == order[i];
     run_work(plan.nodes[static_cast<size_t>(order[i])].work, follows ? &next->work : nullptr);
   }
 }
@@ -101,7 +101,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return call_api("cudaStreamIsCapturing", Need::kDevice, [&] {
     if (!emulation::is_stream(stream)) return cudaErrorInvalidResourceHandle;
     const bool captured = stream != nullptr && stream->capture != nullptr;
-    *status = !captured                   ? cudaStreamCaptureStatusNone
+    *status = !captured                  ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;
     return cudaSuccess;
@@ -153,7 +153,8 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph,
 
 cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t stream) {
   return call_api("cudaGraphUpload", Need::kDevice, [&] {
-    const bool valid = registries().executables.contains(executable) && emulation::is_stream(stream);
+    const bool valid =
+        registries().executables.contains(executable) && emulation::is_stream(stream);
     return valid ? cudaSuccess : cudaErrorInvalidValue;
   });
 }

@@ -146,8 +146,8 @@ class Runner {
       idle = block.progress == progress ? idle + 1 : 0;
       progress = block.progress;
       if (idle > kPatience) {
-        block.error = describe(block, nullptr) + "polls for what no thread of the block does:" +
-                      describe_threads(block);
+        block.error = describe(block, nullptr) +
+                      "polls for what no thread of the block does:" + describe_threads(block);
         break;
       }
     }

@@ -9,64 +9,94 @@
 namespace emulation {
 namespace {
 
-constexpr int kRows = 16;     // of A and D
-constexpr int kColumns = 8;   // of B and D
+// Not filled with a pattern first, as all others are (-ftrivial-auto-var-init): it would take
+// longer than the work.
+#define FRSPEC_EMULATION_UNINITIALIZED __attribute__((uninitialized))
+
+constexpr int kRows = 16;    // of A and D
+constexpr int kColumns = 8;  // of B and D
 constexpr int kDepth = 16;
 
+// Eight 32-bit numbers, four doubles; by reference only, since how they are passed depends on
+// flags.
+using Words = uint32_t __attribute__((vector_size(32)));
+using Floats = float __attribute__((vector_size(32)));
+using Doubles = double __attribute__((vector_size(32)));
+
+// The first element of each pair of elements, as bits of a float.
 struct FromBf16 {
-  static float low(uint32_t pair) { return std::bit_cast<float>(pair << 16); }
-  static float high(uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
+  static void convert(Words& result, const Words& pairs) { result = pairs << 16; }
+};
+struct FromFp16 {
+  static void convert(Words& result, const Words& pairs) {
+    const Words magnitude = (pairs & 0x7fff) << 13;
+    const Words sign = (pairs & 0x8000) << 16;
+    // The exponent's bias is moved by a multiplication, which is exact for subnormal numbers too.
+    const Floats scaled = reinterpret_cast<const Floats&>(magnitude) * 0x1p112f;
+    const auto finite = reinterpret_cast<const Words&>(scaled);
+    const auto is_finite = (pairs & 0x7c00) != 0x7c00;
+    result = sign | (is_finite ? finite : magnitude | 0x7f800000u);
+  }
 };
 
-struct FromFp16 {
-  static float low(uint32_t pair) {
-    const uint32_t magnitude = (pair & 0x7fff) << 13;
-    const uint32_t sign = (pair & 0x8000) << 16;
-    // The exponent's bias is moved by a multiplication, which is exact for subnormal numbers too.
-    const float value = std::bit_cast<float>(magnitude) * 0x1p112f;
-    const bool finite = (pair & 0x7c00) != 0x7c00;
-    const uint32_t bits = finite ? std::bit_cast<uint32_t>(value) : magnitude | 0x7f800000u;
-    return std::bit_cast<float>(bits | sign);
+// Register i of all lanes, as elements: the first ones of each pair, then the second ones.
+template <typename From, int kRegisters>
+[[gnu::always_inline]] inline void unpack(float (&elements)[kRegisters][2][32],
+                                          void* const* operands,
+                                          const uint32_t* MmaOperand::*registers) {
+  for (int i = 0; i < kRegisters; ++i) {
+    alignas(32) FRSPEC_EMULATION_UNINITIALIZED uint32_t pairs[32];
+    for (int lane = 0; lane < 32; ++lane) {
+      pairs[lane] = (static_cast<const MmaOperand*>(operands[lane])->*registers)[i];
+    }
+    for (int lane = 0; lane < 32; lane += 8) {
+      const Words words = reinterpret_cast<const Words&>(pairs[lane]);
+      From::convert(reinterpret_cast<Words&>(elements[i][0][lane]), words);
+      From::convert(reinterpret_cast<Words&>(elements[i][1][lane]), words >> 16);
+    }
   }
-  static float high(uint32_t pair) { return low(pair >> 16); }
-};
+}
 
 template <typename From>
-inline __attribute__((always_inline)) void multiply(void* const* operands) {
-  const auto operand = [&](int lane) -> const MmaOperand& {
-    return *static_cast<const MmaOperand*>(operands[lane]);
-  };
-  double a[kRows][kDepth];
-  double b[kDepth][kColumns];
+[[gnu::always_inline]] inline void multiply(void* const* operands) {
+  alignas(32) FRSPEC_EMULATION_UNINITIALIZED float a_elements[4][2][32];
+  alignas(32) FRSPEC_EMULATION_UNINITIALIZED float b_elements[2][2][32];
+  unpack<From>(a_elements, operands, &MmaOperand::a);
+  unpack<From>(b_elements, operands, &MmaOperand::b);
+  FRSPEC_EMULATION_UNINITIALIZED double a[kRows][kDepth];
+  alignas(32) FRSPEC_EMULATION_UNINITIALIZED double b[kDepth][kColumns];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4;
-    const int pair = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t elements = operand(lane).a[i];
-      double* to = &a[group + i % 2 * 8][pair + i / 2 * 8];
-      to[0] = From::low(elements);
-      to[1] = From::high(elements);
-    }
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t elements = operand(lane).b[i];
-      b[pair + i * 8][group] = From::low(elements);
-      b[pair + i * 8 + 1][group] = From::high(elements);
+    for (int second = 0; second < 2; ++second) {
+      const int column = lane % 4 * 2 + second;
+      a[group][column] = a_elements[0][second][lane];
+      a[group + 8][column] = a_elements[1][second][lane];
+      a[group][column + 8] = a_elements[2][second][lane];
+      a[group + 8][column + 8] = a_elements[3][second][lane];
+      b[column][group] = b_elements[0][second][lane];
+      b[column + 8][group] = b_elements[1][second][lane];
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    double sums[kColumns] = {};
+    alignas(32) double sums[kColumns];
+    Doubles left{};
+    Doubles right{};
     for (int k = 0; k < kDepth; ++k) {
-      for (int column = 0; column < kColumns; ++column) sums[column] += a[row][k] * b[k][column];
+      left += a[row][k] * reinterpret_cast<const Doubles&>(b[k][0]);
+      right += a[row][k] * reinterpret_cast<const Doubles&>(b[k][4]);
     }
+    reinterpret_cast<Doubles&>(sums[0]) = left;
+    reinterpret_cast<Doubles&>(sums[4]) = right;
     for (int column = 0; column < kColumns; ++column) {
-      float& d = operand(row % 8 * 4 + column / 2).d[row / 8 * 2 + column % 2];
+      float& d = static_cast<const MmaOperand*>(operands[row % 8 * 4 + column / 2])
+                     ->d[row / 8 * 2 + column % 2];
       d = static_cast<float>(sums[column] + static_cast<double>(d));
     }
   }
 }
 
 #if defined(__x86_64__)
-// The same bits, twice as fast: products of two 16-bit numbers are exact in double.
+// The same bits, faster.
 template <typename From>
 __attribute__((target("avx2"))) void multiply_avx2(void* const* operands) {
   multiply<From>(operands);

@@ -175,21 +175,6 @@ void run_next(Fiber& self) {
   switch_to(*next, self);
 }
 
-void make_runnable(Block& block, uint32_t warp, uint32_t lanes) {
-  block.warps[warp].runnable |= lanes;
-  block.warps[warp].waiting &= ~lanes;
-  block.ready_warps |= 1u << warp;
-}
-
-void stop_running(Fiber& fiber, Waiting why) {
-  Block& block = *fiber.block;
-  Warp& warp = block.warps[fiber.warp];
-  fiber.waiting = why;
-  warp.runnable &= ~(1u << fiber.lane);
-  if (warp.runnable == 0) block.ready_warps &= ~(1u << fiber.warp);
-  ++block.progress;
-}
-
 void maybe_run_others(Fiber& self) {
   if (self.block->order != Order::kRandom) return;
   Fiber* next = choose_next(*self.block);
@@ -239,9 +224,9 @@ void start_block(Block& block, const KernelCall& call, uint3 index, Fiber& host)
   block.host = &host;
   block.error.clear();
   block.order = config().order;
-  block.random_state = (config().seed * 0x9E3779B97F4A7C15u + index.x * 1000003u +
-                        index.y * 7919u + index.z + 1) |
-                       1;
+  block.random_state =
+      (config().seed * 0x9E3779B97F4A7C15u + index.x * 1000003u + index.y * 7919u + index.z + 1) |
+      1;
   const dim3& shape = call.block;
   if (shape.x != block.shape.x || shape.y != block.shape.y || shape.z != block.shape.z) {
     shape_block(block, shape);
@@ -252,6 +237,7 @@ void start_block(Block& block, const KernelCall& call, uint3 index, Fiber& host)
   block.current_warp = 0;
   block.ready_warps = 0;
   for (uint32_t w = 0; w < block.warp_count; ++w) {
+    block.warps[w].runnable = 0;
     block.warps[w].waiting = 0;
     block.warps[w].polled = 0;
     make_runnable(block, w, block.warps[w].existing);

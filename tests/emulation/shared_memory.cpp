@@ -29,7 +29,8 @@ void fill(void* p, size_t bytes) {
 SharedPiece& add_piece(Block& block, SharedPieces& pieces, const void* key, size_t bytes,
                        size_t align, const char* name) {
   const size_t begin = (block.shared_used + kGapBytes + align - 1) / align * align;
-  if (pieces.count == SharedPieces::kCapacity || begin + bytes + kGapBytes > block.shared_capacity) {
+  if (pieces.count == SharedPieces::kCapacity ||
+      begin + bytes + kGapBytes > block.shared_capacity) {
     fail("the emulation has no room for this many pieces of shared memory");
   }
   unsigned char* data = block.shared + begin;
@@ -90,8 +91,8 @@ void finish_shared_memory(Block& block) {
     const bool clean =
         untouched_gap(piece.data - kGapBytes) && untouched_gap(piece.data + piece.bytes);
     if (!clean && block.error.empty()) {
-      block.error = describe(block, nullptr) + "writes next to the " +
-                    std::to_string(piece.bytes) + " bytes of shared memory of " + piece.name;
+      block.error = describe(block, nullptr) + "writes next to the " + std::to_string(piece.bytes) +
+                    " bytes of shared memory of " + piece.name;
     }
   };
   for (size_t i = 0; i < block.statics.count; ++i) check_gap(block.statics.items[i]);
@@ -142,8 +143,8 @@ void copy_async(void* shared, const void* global, uint32_t source_bytes, uint32_
     fail("asynchronous copy: the destination is not aligned shared memory of this block");
   }
   if (source_bytes > bytes) fail("asynchronous copy: more source bytes than there is room for");
-  if (source_bytes > 0 && (reinterpret_cast<uintptr_t>(global) % bytes != 0 ||
-                           !in_device(global, source_bytes))) {
+  if (source_bytes > 0 &&
+      (reinterpret_cast<uintptr_t>(global) % bytes != 0 || !in_device(global, source_bytes))) {
     fail("asynchronous copy: the source is not aligned device memory");
   }
   const AsyncCopy copy{shared, global, source_bytes, bytes};

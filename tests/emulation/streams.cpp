@@ -37,8 +37,8 @@ void run_work(const Work& work, const Work* follower) {
     if (work.function) work.function();
     return;
   }
-  const bool overlap = follower != nullptr && config().overlap_kernels &&
-                       config().streams == Streams::kLazy;
+  const bool overlap =
+      follower != nullptr && config().overlap_kernels && config().streams == Streams::kLazy;
   run_kernel(*work.kernel, overlap ? follower->kernel.get() : nullptr);
 }
 

@@ -340,8 +340,7 @@ TEST_CASE("atomics, over blocks on several OS threads") {
 
 __global__ void coordinates(int* out) {
   dependency_wait();
-  const unsigned thread =
-      threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   atomicAdd(&out[block * threads + thread], static_cast<int>(block * threads + thread));
@@ -430,18 +429,22 @@ TEST_CASE("a failed kernel leaves the device usable") {
     // AddressSanitizer ends the process at an illegal access.
     const int how = kAddressSanitizer || kThreadSanitizer ? 0 : round % 2;
     const LaunchConfig blocks{.grid = dim3(3), .block = dim3(64), .stream = stream};
-    launch<fail_at>(blocks, "bad", out.data(), round, how);
-    launch<fail_at>(blocks, "dropped", out.data(), -1, 0);
     std::string what;
     try {
+      launch<fail_at>(blocks, "bad", out.data(), round, how);
+      launch<fail_at>(blocks, "dropped", out.data(), -1, 0);
       stream.synchronize();
     } catch (const Error& error) {
       what = error.what();
     }
     CHECK(what.find("thread (" + std::to_string(round) + ",0,0)") != std::string::npos);
     CHECK(what.find(how == 0 ? "__trap()" : "illegal access") != std::string::npos);
-    launch<fail_at>(blocks, "good", out.data(), -1, 0);
-    CHECK(out.download(stream)[21] == 5);
+    check(cudaMemsetAsync(out.data(), 0, 256, stream), "clear");
+    launch<fail_at>(one_block(static_cast<unsigned>(64 - round), stream), "good", out.data(), -1,
+                    0);
+    const std::vector<int> found = out.download(stream);
+    for (int i = 0; i < 64; ++i)
+      CHECK(found[static_cast<size_t>(i)] == (i < 64 - round ? i % 16 : 0));
   }
 }
 

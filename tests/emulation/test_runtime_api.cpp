@@ -1,28 +1,17 @@
-// The emulated runtime API: graphs, events, errors, devices, cuBLAS.
-#include <unistd.h>
-
-#include <array>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
+// The emulated runtime API: graphs, events, errors, devices.
 #include <cstring>
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "cublas.h"
+#include "device_memory.h"
 #include "test_support.h"
 
 namespace emulation {
 namespace {
 
-using frspec::cuda::bf16;
-using frspec::cuda::CublasApi;
 using frspec::cuda::dependency_wait;
-using frspec::cuda::fp16;
-using frspec::cuda::from_float;
-using frspec::cuda::to_float;
 
 __global__ void scale(int* out, const int* in, int factor) {
   dependency_wait();
@@ -41,34 +30,6 @@ void launch_scale(const Stream& stream, int* out, const int* in, int factor) {
   launch<scale>(one_block(32, stream), "scale", out, in, factor);
 }
 
-class Graph {
- public:
-  // Captures what body() puts into the stream.
-  Graph(const Stream& stream, const std::function<void()>& body) {
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin");
-    body();
-    check(cudaStreamEndCapture(stream, &graph_), "end");
-    check(cudaGraphInstantiate(&executable_, graph_, 0), "instantiate");
-    check(cudaGraphUpload(executable_, stream), "upload");
-  }
-  ~Graph() {
-    cudaGraphExecDestroy(executable_);
-    cudaGraphDestroy(graph_);
-  }
-  Graph(const Graph&) = delete;
-  Graph& operator=(const Graph&) = delete;
-  void launch(const Stream& stream) const { check(cudaGraphLaunch(executable_, stream), "launch"); }
-  size_t nodes() const {
-    size_t count = 0;
-    check(cudaGraphGetNodes(graph_, nullptr, &count), "nodes");
-    return count;
-  }
-
- private:
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t executable_ = nullptr;
-};
-
 TEST_CASE("graphs: branches, new inputs, times of events inside") {
   for (const Streams mode : {Streams::kLazy, Streams::kImmediate}) {
     const FreshDevice fresh;
@@ -86,8 +47,8 @@ TEST_CASE("graphs: branches, new inputs, times of events inside") {
       launch_scale(side, thrice.data(), in.data(), 3);
       check(cudaEventRecord(join, side), "join");
       check(cudaStreamWaitEvent(stream, join, 0), "join");
-      launch<add>(one_block(32, stream), "add", sum.data(),
-                  static_cast<const int*>(twice.data()), static_cast<const int*>(thrice.data()));
+      launch<add>(one_block(32, stream), "add", sum.data(), static_cast<const int*>(twice.data()),
+                  static_cast<const int*>(thrice.data()));
       check(cudaMemcpyAsync(result.data(), sum.data(), 128, cudaMemcpyDeviceToHost, stream), "out");
       check(cudaEventRecordWithFlags(end, stream, cudaEventRecordExternal), "end");
     });
@@ -96,7 +57,7 @@ TEST_CASE("graphs: branches, new inputs, times of events inside") {
     CHECK(cudaEventElapsedTime(&milliseconds, start, end) == cudaErrorInvalidResourceHandle);
     for (const int value : {1, 10}) {
       host[3] = value;
-      graph.launch(stream);
+      graph.replay(stream);
       if (mode == Streams::kLazy) {
         CHECK(cudaEventElapsedTime(&milliseconds, start, end) == cudaErrorNotReady);
       }
@@ -116,7 +77,7 @@ TEST_CASE("graphs: destroyed while a launch is queued") {
   const DeviceArray<int> in(counting(32)), out(32);
   {
     const Graph graph(stream, [&] { launch_scale(stream, out.data(), in.data(), 2); });
-    graph.launch(stream);
+    graph.replay(stream);
   }
   CHECK(out.download(stream)[5] == 10);
 }
@@ -275,18 +236,27 @@ TEST_CASE("out of memory") {
 
 TEST_CASE("addresses of freed memory are used again when the others are used up") {
   const FreshDevice fresh;
-  config().device_bytes = size_t{64} << 30;
-  void* kept = nullptr;
-  check(cudaMalloc(&kept, 1 << 20), "kept");
-  // One large allocation would be filled; many of them walk through the range all the same.
+  use_up_device_addresses();  // now the search begins with the lowest ones
   const Stream stream;
-  const DeviceArray<int> in(counting(32));
-  for (int i = 0; i < 40; ++i) {
-    void* p = nullptr;
-    check(cudaMalloc(&p, 1 << 20), "again");
-    check(cudaFree(p), "free");
-  }
-  CHECK(in.download(stream) == counting(32));
+  const DeviceArray<int> first(counting(32));
+  void* gap = nullptr;
+  check(cudaMalloc(&gap, 8192), "gap");
+  const DeviceArray<int> second(counting(32, 100));
+  check(cudaFree(gap), "free");
+  void* p = nullptr;
+  check(cudaMalloc(&p, 8192), "as long as there are others");
+  CHECK(p != gap);
+  use_up_device_addresses();
+  void* large = nullptr;
+  check(cudaMalloc(&large, 3 << 20), "behind all");
+  check(cudaMalloc(&p, 4096), "behind it");
+  use_up_device_addresses();
+  check(cudaMalloc(&p, 8192), "in the gap");
+  CHECK(p == gap);
+  check(cudaMemset(p, 0, 8192), "use it");
+  check(cudaMemset(large, 0, 3 << 20), "use it");
+  CHECK(first.download(stream) == counting(32));
+  CHECK(second.download(stream) == counting(32, 100));
 }
 
 TEST_CASE("the device that is pretended") {
@@ -355,6 +325,20 @@ TEST_CASE("names of errors") {
   CHECK(std::string(cudaGetErrorName(static_cast<cudaError_t>(998))) == "unrecognized error code");
 }
 
+TEST_CASE("what is alive is counted") {
+  const FreshDevice fresh;
+  CHECK(live_objects() == 0);
+  {
+    const Stream stream;
+    const Event event;
+    const DeviceArray<int> in(counting(32)), out(32);
+    const PinnedArray<int> host(32);
+    const Graph graph(stream, [&] { launch_scale(stream, out.data(), in.data(), 2); });
+    CHECK(live_objects() == 7);
+  }
+  CHECK(live_objects() == 0);
+}
+
 TEST_CASE("host functions and memory in the order of a stream") {
   const FreshDevice fresh;
   const Stream stream;
@@ -378,137 +362,6 @@ TEST_CASE("host functions and memory in the order of a stream") {
   check(cudaLaunchHostFunc(stream, look, &seen), "host function");
   stream.synchronize();
   CHECK(seen.value == 28);
-}
-
-// ---- cuBLAS
-
-template <typename T>
-std::vector<T> sequence(int count, float step) {
-  std::vector<T> values;
-  for (int i = 0; i < count; ++i) {
-    values.push_back(from_float<T>(step * static_cast<float>(i % 17 - 8)));
-  }
-  return values;
-}
-
-template <typename In, typename Out>
-void check_gemm(cudaDataType_t in_type, cudaDataType_t out_type, bool transpose_a,
-                bool transpose_b) {
-  const CublasApi& api = frspec::cuda::cublas_api();
-  constexpr int m = 5, n = 7, k = 9, lda = 11, ldb = 12, ldc = 6;
-  const Stream stream;
-  const auto a = sequence<In>(lda * 9, 0.25f);
-  const auto b = sequence<In>(ldb * 9, 0.5f);
-  const auto old = sequence<Out>(ldc * n, 1.0f);
-  const DeviceArray<In> device_a(a), device_b(b);
-  const DeviceArray<Out> c(old);
-  void* handle = nullptr;
-  REQUIRE(api.create(&handle) == 0);
-  REQUIRE(api.set_stream(handle, stream) == 0);
-  const float alpha = 2, beta = 0.5f;
-  const auto multiply = [&] {
-    REQUIRE(api.gemm_ex(handle, transpose_a ? 1 : 0, transpose_b ? 1 : 0, m, n, k, &alpha,
-                        device_a.data(), in_type, lda, device_b.data(), in_type, ldb, &beta,
-                        c.data(), out_type, ldc, frspec::cuda::kCublasCompute32F,
-                        frspec::cuda::kCublasDefaultAlgorithm) == 0);
-  };
-  const Graph graph(stream, multiply);
-  CHECK(to_float(c.download(stream)[3]) == to_float(old[3]));
-  graph.launch(stream);
-  const auto found = c.download(stream);
-  for (int i = 0; i < m; ++i) {
-    for (int j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int q = 0; q < k; ++q) {
-        sum += static_cast<double>(to_float(a[static_cast<size_t>(transpose_a ? i * lda + q
-                                                                              : q * lda + i)])) *
-               to_float(b[static_cast<size_t>(transpose_b ? q * ldb + j : j * ldb + q)]);
-      }
-      const auto at = static_cast<size_t>(j * ldc + i);
-      CHECK(to_float(found[at]) ==
-            to_float(from_float<Out>(static_cast<float>(2 * sum + 0.5 * to_float(old[at])))));
-    }
-  }
-  CHECK(to_float(found[m]) == to_float(old[m]));  // behind the column
-  CHECK(api.destroy(handle) == 0);
-}
-
-TEST_CASE("cuBLAS: products of all types") {
-  const FreshDevice fresh;
-  for (const bool transpose_a : {false, true}) {
-    for (const bool transpose_b : {false, true}) {
-      check_gemm<bf16, bf16>(CUDA_R_16BF, CUDA_R_16BF, transpose_a, transpose_b);
-      check_gemm<bf16, float>(CUDA_R_16BF, CUDA_R_32F, transpose_a, transpose_b);
-      check_gemm<fp16, fp16>(CUDA_R_16F, CUDA_R_16F, transpose_a, transpose_b);
-      check_gemm<float, float>(CUDA_R_32F, CUDA_R_32F, transpose_a, transpose_b);
-    }
-  }
-}
-
-TEST_CASE("cuBLAS: bad arguments") {
-  const FreshDevice fresh;
-  const CublasApi& api = frspec::cuda::cublas_api();
-  const DeviceArray<float> matrix(64);
-  void* handle = nullptr;
-  REQUIRE(api.create(&handle) == 0);
-  const float one = 1;
-  const auto status = [&](int lda, int ldb, int ldc, cudaDataType_t a_type, int compute) {
-    return api.gemm_ex(handle, 1, 0, 4, 4, 8, &one, matrix.data(), a_type, lda, matrix.data(),
-                       CUDA_R_32F, ldb, &one, matrix.data(), CUDA_R_32F, ldc, compute, -1);
-  };
-  CHECK(status(8, 8, 4, CUDA_R_32F, 68) == 0);
-  CHECK(status(7, 8, 4, CUDA_R_32F, 68) == 7);
-  CHECK(status(8, 7, 4, CUDA_R_32F, 68) == 7);
-  CHECK(status(8, 8, 3, CUDA_R_32F, 68) == 7);
-  CHECK(status(8, 8, 4, CUDA_R_16BF, 68) == 15);
-  CHECK(status(8, 8, 4, CUDA_R_8I, 68) == 15);
-  CHECK(status(8, 8, 4, CUDA_R_32F, 64) == 15);
-  CHECK(api.set_stream(nullptr, nullptr) == 1);
-  CHECK(api.set_workspace(handle, matrix.data(), 256) == 0);
-  CHECK(api.set_workspace(handle, matrix.data(), 512) == 7);
-  CHECK_THROWS_AS(status(40, 8, 4, CUDA_R_32F, 68), Error);
-  CHECK(api.destroy(handle) == 0);
-}
-
-// ---- configuration from the environment
-
-// Run by the next test in a process of its own.
-TEST_CASE("configuration as the environment says" * doctest::skip()) {
-  CHECK(config().order == Order::kRandom);
-  CHECK(config().seed == 17);
-  CHECK(config().copies == Copies::kEager);
-  CHECK(config().streams == Streams::kImmediate);
-  CHECK(config().kernel_errors == KernelErrors::kSticky);
-  CHECK(config().threads == 3);
-  CHECK(config().device_bytes == 12345);
-  CHECK(config().compute_major == 12);
-  void* p = nullptr;
-  check(cudaMalloc(&p, 1), "first");
-  CHECK(cudaMalloc(&p, 1) == cudaErrorMemoryAllocation);
-}
-
-Outcome run_with(const std::string& settings) {
-  std::array<char, 4096> path{};
-  REQUIRE(readlink("/proc/self/exe", path.data(), path.size() - 1) > 0);
-  return run_in_child([&] {
-    const std::string command = "env " + settings + " '" + path.data() +
-                                "' --no-skip --test-case='configuration as the environment says'";
-    return std::system(command.c_str()) == 0;
-  });
-}
-
-TEST_CASE("configuration from the environment") {
-  const std::string good =
-      "FRSPEC_EMULATION_ORDER=random:17 FRSPEC_EMULATION_COPIES=eager "
-      "FRSPEC_EMULATION_STREAMS=immediate FRSPEC_EMULATION_ERRORS=sticky "
-      "FRSPEC_EMULATION_THREADS=3 FRSPEC_EMULATION_DEVICE_BYTES=12345 "
-      "FRSPEC_EMULATION_COMPUTE=12.0 FRSPEC_EMULATION_FAIL=cudaMalloc:2:1";
-  const Outcome read = run_with(good);
-  INFO(read.output);
-  CHECK(read.status == 0);
-  const Outcome refused = run_with(good + " FRSPEC_EMULATION_ORDER=sideways");
-  CHECK(refused.status != 0);
-  CHECK(refused.output.find("found 'sideways'") != std::string::npos);
 }
 
 }  // namespace

@@ -105,6 +105,34 @@ class PinnedArray {
   T* data_ = nullptr;
 };
 
+class Graph {
+ public:
+  // Captures what body() puts into the stream.
+  Graph(const Stream& stream, const std::function<void()>& body) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "begin");
+    body();
+    check(cudaStreamEndCapture(stream, &graph_), "end");
+    check(cudaGraphInstantiate(&executable_, graph_, 0), "instantiate");
+    check(cudaGraphUpload(executable_, stream), "upload");
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(executable_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void replay(const Stream& stream) const { check(cudaGraphLaunch(executable_, stream), "launch"); }
+  size_t nodes() const {
+    size_t count = 0;
+    check(cudaGraphGetNodes(graph_, nullptr, &count), "nodes");
+    return count;
+  }
+
+ private:
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t executable_ = nullptr;
+};
+
 inline LaunchConfig one_block(unsigned threads, const Stream& stream, size_t shared_bytes = 0) {
   return {.grid = dim3(1), .block = dim3(threads), .stream = stream, .shared_bytes = shared_bytes};
 }
@@ -140,6 +168,32 @@ bool right_in_both_orders(const Run& run) {
     right = run() && right;
   }
   return right;
+}
+
+// Races show by a wrong result in one of two orders, or are seen by ThreadSanitizer.
+inline const std::string kRace = kThreadSanitizer ? "data race" : kWrongResult;
+
+// Whether element i of out is expected(i), after one launch of a block.
+template <auto Kernel, typename Expected, typename... Args>
+bool gives(unsigned threads, const Expected& expected, Args... args) {
+  const Stream stream;
+  const DeviceArray<int> out(threads);
+  launch<Kernel>(one_block(threads, stream), "planted", out.data(), args...);
+  const std::vector<int> found = out.download(stream);
+  for (unsigned i = 0; i < threads; ++i) {
+    if (found[i] != expected(static_cast<int>(i))) return false;
+  }
+  return true;
+}
+
+// One launch of a block, whose results do not matter.
+template <auto Kernel, typename... Args>
+bool ends(unsigned threads, Args... args) {
+  const Stream stream;
+  const DeviceArray<int> out(threads);
+  launch<Kernel>(one_block(threads, stream), "planted", out.data(), args...);
+  stream.synchronize();
+  return true;
 }
 
 }  // namespace emulation

@@ -5,6 +5,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,8 +46,8 @@ struct Fiber {
   Site site;
   uint32_t carved = 0;  // pieces of dynamic shared memory so far
   bool waited_for_dependency = false;
-  std::vector<AsyncCopy> copies;       // not performed yet, in order
-  std::vector<uint32_t> copy_groups;   // end of each committed group in `copies`
+  std::vector<AsyncCopy> copies;      // not performed yet, in order
+  std::vector<uint32_t> copy_groups;  // end of each committed group in `copies`
 
   char* stack = nullptr;
   size_t stack_bytes = 0;
@@ -135,15 +136,30 @@ std::string describe_current();
 std::string describe_site(const Site& site);
 // What each thread of the block does, in groups.
 std::string describe_threads(const Block& block);
-bool same_line(const Site& a, const Site& b);
+// The same source line, whatever the column.
+inline bool same_line(const Site& a, const Site& b) {
+  return std::memcmp(&a, &b, sizeof(Site)) == 0 ||
+         (a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0);
+}
 
 // ---- scheduler.cpp
 
 // Gives up the turn; returns when the thread is runnable again and chosen.
 void run_next(Fiber& self);
-void make_runnable(Block& block, uint32_t warp, uint32_t lanes);
+inline void make_runnable(Block& block, uint32_t warp, uint32_t lanes) {
+  block.warps[warp].runnable |= lanes;
+  block.warps[warp].waiting &= ~lanes;
+  block.ready_warps |= 1u << warp;
+}
 // Marks the thread as not runnable; it must then call run_next().
-void stop_running(Fiber& fiber, Waiting why);
+inline void stop_running(Fiber& fiber, Waiting why) {
+  Block& block = *fiber.block;
+  Warp& warp = block.warps[fiber.warp];
+  fiber.waiting = why;
+  warp.runnable &= ~(1u << fiber.lane);
+  if (warp.runnable == 0) block.ready_warps &= ~(1u << fiber.warp);
+  ++block.progress;
+}
 // In Order::kRandom: now and then, lets others go first although the thread could go on.
 void maybe_run_others(Fiber& self);
 // Ends the launch with this error.

@@ -58,9 +58,8 @@ inline void run_ballot(void* const* operands, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
     if (static_cast<BallotOperand*>(operands[lane])->predicate != 0) result |= 1u << lane;
   });
-  for_each_lane(mask, [&](int lane) {
-    static_cast<BallotOperand*>(operands[lane])->result = result;
-  });
+  for_each_lane(mask,
+                [&](int lane) { static_cast<BallotOperand*>(operands[lane])->result = result; });
 }
 
 inline unsigned ballot(unsigned mask, int predicate, const char* name, Site site) {
@@ -91,9 +90,8 @@ void run_match(void* const* operands, uint32_t mask) {
 template <typename T, typename Combine>
 void run_reduction(void* const* operands, uint32_t mask) {
   T result = *static_cast<T*>(operands[std::countr_zero(mask)]);
-  for_each_lane(mask & (mask - 1), [&](int lane) {
-    result = Combine()(result, *static_cast<T*>(operands[lane]));
-  });
+  for_each_lane(mask & (mask - 1),
+                [&](int lane) { result = Combine()(result, *static_cast<T*>(operands[lane])); });
   for_each_lane(mask, [&](int lane) { *static_cast<T*>(operands[lane]) = result; });
 }
 
@@ -193,10 +191,9 @@ unsigned __match_any_sync(unsigned mask, T value,
   return operand.result;
 }
 
-#define FRSPEC_EMULATION_REDUCTION(name, Combine, T)                           \
-  inline T name(unsigned mask, T value,                                        \
-                emulation::Site site = emulation::Site::current()) {           \
-    return emulation::reduce<emulation::Combine>(mask, value, #name, site);    \
+#define FRSPEC_EMULATION_REDUCTION(name, Combine, T)                                         \
+  inline T name(unsigned mask, T value, emulation::Site site = emulation::Site::current()) { \
+    return emulation::reduce<emulation::Combine>(mask, value, #name, site);                  \
   }
 FRSPEC_EMULATION_REDUCTION(__reduce_add_sync, Add, unsigned)
 FRSPEC_EMULATION_REDUCTION(__reduce_add_sync, Add, int)

@@ -66,6 +66,7 @@ def _describe_build() -> dict[str, Any]:
         "version": version(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
+        "cuda": _core.cuda_build(),
         "devices": _core.devices(),
     }
 
@@ -110,6 +111,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _print_build(build: dict[str, Any]) -> None:
     rows = [["python", build["python"]], ["platform", build["platform"]]]
+    rows.append(["built with CUDA", build["cuda"]])
     for device in build["devices"]:
         text = device["description"]
         if device["available"]:

@@ -1,0 +1,67 @@
+// For benchmarks alone: the real drafter does its work, and then the continuation that plain
+// decoding wrote is planted into its tree, so that rounds can be timed at the accept lengths of a
+// trained drafter where only a random one is to be had.
+//
+// The first nodes of the tree become a chain that holds the recorded tokens down to a random depth
+// and a wrong token below it; the other nodes stay, but for their ancestors and where they are
+// right.
+#pragma once
+
+#include <cstdint>
+
+#include "draft_tree.h"
+#include "host_device.h"
+#include "sampling.h"
+
+namespace frspec {
+
+struct Plant {
+  const int32_t* recorded = nullptr;  // [length] tokens by position in the sequence
+  int32_t length = 0;
+  int32_t depth = 0;        // nodes of the chain below the root
+  float acceptance = 0.0f;  // probability that a node of the chain is right, if its parent is
+  uint64_t seed = 0;
+  int32_t vocab = 0;
+};
+
+// How many nodes of the chain are right in the round whose root is at `base`.
+FRSPEC_HOST_DEVICE inline int32_t planted_depth(const Plant& plant, int32_t base) {
+  int32_t depth = 0;
+  while (depth < plant.depth) {
+    const RandomBlock bits =
+        philox(plant.seed, static_cast<uint32_t>(base), static_cast<uint32_t>(depth), 2, 0);
+    if (static_cast<float>(bits.words[0]) * 0x1p-32f >= plant.acceptance) break;
+    ++depth;
+  }
+  return depth;
+}
+
+// Tokens and parents of node 1 ... plant.depth of the chain; others keep theirs.
+FRSPEC_HOST_DEVICE inline void plant_node(const DraftTree& tree, const Plant& plant, int32_t node) {
+  if (node < 1 || node > plant.depth || node >= tree.nodes) return;
+  const int32_t base = *tree.base;
+  const int32_t position = base + node;
+  const int32_t right = position < plant.length ? plant.recorded[position] : 0;
+  const bool accepted = node <= planted_depth(plant, base) && position < plant.length;
+  tree.tokens[node] = accepted ? right : (right + 1) % plant.vocab;
+  tree.parents[node] = node - 1;
+}
+
+// Ancestors and position of a node, from the parents; off the chain no node may be right, or the
+// path could be longer than a draft is deep.
+FRSPEC_HOST_DEVICE inline void relink_node(const DraftTree& tree, const Plant& plant,
+                                           int32_t node) {
+  uint64_t* own = tree.ancestors + node * tree.ancestor_words;
+  for (int64_t word = 0; word < tree.ancestor_words; ++word) own[word] = 0;
+  int32_t depth = -1;
+  for (int32_t at = node; at >= 0; at = tree.parents[at]) {
+    own[at / 64] |= uint64_t{1} << (at % 64);
+    ++depth;
+  }
+  const int32_t position = *tree.base + depth;
+  tree.positions[node] = position;
+  const bool right = position < plant.length && tree.tokens[node] == plant.recorded[position];
+  if (node > plant.depth && right) tree.tokens[node] = (tree.tokens[node] + 1) % plant.vocab;
+}
+
+}  // namespace frspec
