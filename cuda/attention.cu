@@ -9,12 +9,12 @@
 // kTileKeys slots, with a running maximum.
 //
 // All other rows (contract 1): what is summed in which order depends on the row's logical positions
-// alone. Of the v visible positions, whole tiles that end at least kMaxInFlight positions before
-// the end are committed in any tree, so they sit in slots of their own numbers: attend_kernel runs
-// them through the tensor cores for all rows at once, in ranges of kRangeTiles tiles that begin at
-// fixed positions, one block for each range. The remaining positions, kMaxInFlight to kMaxInFlight
-// + kTileKeys - 1 of them, are the row's own: finish_kernel sums them in logical order (committed
-// tokens, then the row's ancestors, root first), and merges the ranges, first to last, before them.
+// alone. Of the v visible positions, whole steps of kTailStep that end at least kMaxInFlight
+// positions before the end are committed in any tree, so they sit in slots of their own numbers:
+// attend_kernel runs them through the tensor cores for all rows at once, in ranges of kRangeKeys
+// that begin at fixed positions, one block for each range. The remaining positions, kMaxInFlight to
+// kMaxTail of them, are the row's own: finish_kernel sums them in logical order (committed tokens,
+// then the row's ancestors, root first), and merges the ranges, first to last, before them.
 #include <algorithm>
 #include <cmath>
 
@@ -33,10 +33,14 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kBlockQueries = kWarps * 16;  // query heads of all rows of a block
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Slots of a tile: as many as fit twice in 99 KiB of shared memory, keys and values.
+// Slots of a tile, and tiles that are under way or in use: what fits in 99 KiB of shared memory.
 template <int kDim>
 constexpr int kTileKeys = kDim > 128 ? 32 : 64;
-constexpr int kMaxTail = kMaxInFlight + 64;
+template <int kDim>
+constexpr int kTileStages = kDim > 64 ? 2 : 4;
+
+constexpr int kTailStep = 32;
+constexpr int kMaxTail = kMaxInFlight + kTailStep - 1;
 
 struct AttentionParams {
   const void* q;
@@ -68,10 +72,8 @@ __device__ __forceinline__ int visible_positions(const AttentionParams& p, int r
 }
 
 // Positions that attend_kernel sums for a row that sees `visible` of them.
-template <int kDim>
-__device__ __forceinline__ int tiled_positions(int visible) {
-  if (visible < kMaxInFlight) return 0;
-  return (visible - kMaxInFlight) / kTileKeys<kDim> * kTileKeys<kDim>;
+__device__ __forceinline__ int shared_positions(int visible) {
+  return visible < kMaxInFlight ? 0 : (visible - kMaxInFlight) / kTailStep * kTailStep;
 }
 
 // Shared memory rows are one 16-byte piece longer than kDim, an odd number of pieces, so that
@@ -101,7 +103,12 @@ __device__ __forceinline__ void load_rows(T* shared, int count, int head_dim, co
 template <typename T, int kDim>
 constexpr size_t attend_shared_bytes() {
   return carved_bytes(sizeof(T) * kBlockQueries * kPitch<kDim>) +
-         2 * carved_bytes(sizeof(T) * 2 * kTileKeys<kDim> * kPitch<kDim>);
+         2 * carved_bytes(sizeof(T) * kTileStages<kDim> * kTileKeys<kDim> * kPitch<kDim>);
+}
+
+template <typename T, int kDim>
+constexpr size_t finish_shared_bytes() {
+  return 2 * carved_bytes(sizeof(T) * kMaxTail * kPitch<kDim>);
 }
 
 // Softmax state of the 16 queries of a warp, in the layout of an mma accumulator: a lane has
@@ -198,10 +205,11 @@ __device__ __forceinline__ void attend_tile(WarpState<kDim>& state, T* queries, 
 template <typename T, int kDim, bool kPrompt>
 __global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams p) {
   constexpr int kKeys = kTileKeys<kDim>;
+  constexpr int kStages = kTileStages<kDim>;
   SmemCarver carver;
   T* queries = carver.take<T>(kBlockQueries * kPitch<kDim>);
-  T* keys = carver.take<T>(2 * kKeys * kPitch<kDim>);
-  T* values = carver.take<T>(2 * kKeys * kPitch<kDim>);
+  T* keys = carver.take<T>(kStages * kKeys * kPitch<kDim>);
+  T* values = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   dependency_launch();
   dependency_wait();
 
@@ -216,7 +224,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams 
   const int last_row = (min(first_query + kBlockQueries, query_count) - 1) / p.group;
   for (int row = first_query / p.group + lane; row <= last_row; row += kWarp) {
     const int visible = visible_positions(p, row);
-    furthest = max(furthest, kPrompt ? visible : tiled_positions<kDim>(visible));
+    furthest = max(furthest, kPrompt ? visible : shared_positions(visible));
   }
   furthest = __reduce_max_sync(kAllLanes, furthest);
   const int range_begin = kPrompt ? 0 : static_cast<int>(blockIdx.x) * kRangeKeys;
@@ -226,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams 
   for (int half = 0; half < 2; ++half) {
     const int query = first_query + warp * 16 + lane / 4 + 8 * half;
     const int visible = query < query_count ? visible_positions(p, query / p.group) : 0;
-    limit[half] = min(kPrompt ? visible : tiled_positions<kDim>(visible), range_end);
+    limit[half] = min(kPrompt ? visible : shared_positions(visible), range_end);
   }
   const bool active = first_query + warp * 16 < query_count;  // the same for the whole warp
 
@@ -254,7 +262,8 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams 
     }
     copy_async_commit();
   };
-  load_tile(range_begin, 0);
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) load_tile(range_begin + s * kKeys, s);
 
   WarpState<kDim> state;
 #pragma unroll
@@ -264,14 +273,16 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams 
   state.max[0] = state.max[1] = -INFINITY;
   state.sum[0] = state.sum[1] = 0.0f;
   int stage = 0;
-  for (int first = range_begin; first < range_end; first += kKeys, stage ^= 1) {
-    copy_async_wait<0>();
+  for (int first = range_begin; first < range_end; first += kKeys) {
+    copy_async_wait<kStages - 1>();
     __syncthreads();
-    load_tile(first + kKeys, stage ^ 1);
     if (active) {
       attend_tile<T, kDim>(state, queries, keys + stage * kKeys * kPitch<kDim>,
                            values + stage * kKeys * kPitch<kDim>, first, limit, p.scale);
     }
+    __syncthreads();
+    load_tile(first + kStages * kKeys, stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   if (!active) return;
 
@@ -325,34 +336,15 @@ __device__ __forceinline__ int slot_of(const AttentionParams& p, int row, int po
   return 0;
 }
 
-// One warp for each query head of each row: its own positions, behind the ranges.
+// One warp: a query head over `count` own positions of its row, whose keys and values are in shared
+// memory, behind `shared` positions that attend_kernel has summed.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams p) {
+__device__ __forceinline__ void finish_head(const AttentionParams& p, int row, int head, int shared,
+                                            int count, T* keys, const T* values, float* weights) {
   constexpr int kLanePairs = (kDim + 63) / 64;     // pairs of elements that a lane sums
   constexpr int kLanePieces = (kDim / 8 + 7) / 8;  // 16-byte pieces of a key that a lane multiplies
-  SHARED(float, all_weights, [kWarps][kMaxTail]);
-  SHARED(int, all_slots, [kWarps][kMaxTail]);
-  dependency_launch();
-  dependency_wait();
-  const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int index = blockIdx.x * kWarps + warp;
-  if (index >= p.n * p.query_heads) return;  // the whole warp; no barrier of the block follows
-  const int row = index / p.query_heads;
-  const int head = index % p.query_heads;
-  float* weights = all_weights[warp];
-  int* slots = all_slots[warp];
-
-  const int visible = visible_positions(p, row);
-  const int tiled = tiled_positions<kDim>(visible);
-  const int count = visible - tiled;
-  const int64_t kv_offset = head / p.group * p.head_stride;
-  const T* keys = static_cast<const T*>(p.keys) + kv_offset;
-  const T* values = static_cast<const T*>(p.values) + kv_offset;
   const T* q = static_cast<const T*>(p.q) + row * p.q_stride + head * p.head_dim;
-
-  for (int i = lane; i < count; i += kWarp) slots[i] = slot_of(p, row, tiled + i);
-  __syncwarp();
 
   // Scores: 8 lanes share a key, each multiplies every eighth piece of it.
   float query[kLanePieces][8];
@@ -365,17 +357,18 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams 
     unpack_eight<T>(packed, query[c]);
   }
   float max = -INFINITY;
+#pragma unroll 4
   for (int first = 0; first < count; first += 4) {
     const int i = first + lane / 8;
     float score = 0.0f;
     if (i < count) {
-      const T* key = keys + static_cast<int64_t>(slots[i]) * p.head_dim;
 #pragma unroll
       for (int c = 0; c < kLanePieces; ++c) {
         const int piece = lane % 8 + 8 * c;
-        if (piece * 8 >= p.head_dim) continue;
+        if (piece * 8 >= kDim) continue;
         float elements[8];
-        unpack_eight<T>(*reinterpret_cast<const uint4*>(key + piece * 8), elements);
+        unpack_eight<T>(*reinterpret_cast<const uint4*>(piece_of<T, kDim>(keys, i, piece)),
+                        elements);
 #pragma unroll
         for (int j = 0; j < 8; ++j) score = __fmaf_rn(query[c][j], elements[j], score);
       }
@@ -389,10 +382,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams 
       max = fmaxf(max, score);
     }
   }
-  max = warp_max(max);
-  const int ranges = (tiled + kRangeKeys - 1) / kRangeKeys;
+  const int ranges = (shared + kRangeKeys - 1) / kRangeKeys;
   const int64_t partial_step = static_cast<int64_t>(p.n) * p.query_heads;
-  for (int r = 0; r < ranges; ++r) max = fmaxf(max, p.partial_sums[r * partial_step + index].x);
+  const float2* range_sums = p.partial_sums + static_cast<int64_t>(row) * p.query_heads + head;
+  for (int r = lane; r < ranges; r += kWarp) max = fmaxf(max, range_sums[r * partial_step].x);
+  max = warp_max(max);
   __syncwarp();
   float tail_sum = 0.0f;
   for (int i = lane; i < count; i += kWarp) {
@@ -407,16 +401,18 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams 
   float2 out[kLanePairs];
 #pragma unroll
   for (int c = 0; c < kLanePairs; ++c) out[c] = make_float2(0.0f, 0.0f);
+  const float* partial =
+      p.partial_values + (static_cast<int64_t>(row) * p.query_heads + head) * kDim;
+#pragma unroll 4
   for (int r = 0; r < ranges; ++r) {
-    const float2 range = p.partial_sums[r * partial_step + index];
+    const float2 range = range_sums[r * partial_step];
     const float factor = exp2_approximate(range.x - max);
     sum = __fmaf_rn(range.y, factor, sum);
-    const float* partial = p.partial_values + (r * partial_step + index) * kDim;
 #pragma unroll
     for (int c = 0; c < kLanePairs; ++c) {
       const int d = lane * 2 + 64 * c;
       if (d >= kDim) continue;
-      const float2 value = *reinterpret_cast<const float2*>(partial + d);
+      const float2 value = *reinterpret_cast<const float2*>(partial + r * partial_step * kDim + d);
       out[c].x = __fmaf_rn(value.x, factor, out[c].x);
       out[c].y = __fmaf_rn(value.y, factor, out[c].y);
     }
@@ -424,13 +420,13 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams 
   sum += tail_sum;
 #pragma unroll 4
   for (int i = 0; i < count; ++i) {
-    const T* value = values + static_cast<int64_t>(slots[i]) * p.head_dim;
     const float weight = weights[i];
 #pragma unroll
     for (int c = 0; c < kLanePairs; ++c) {
       const int d = lane * 2 + 64 * c;
-      if (d >= p.head_dim) continue;
-      const float2 pair = unpack_pair<T>(*reinterpret_cast<const uint32_t*>(value + d));
+      if (d >= kDim) continue;
+      const float2 pair =
+          unpack_pair<T>(*reinterpret_cast<const uint32_t*>(values + i * kPitch<kDim> + d));
       out[c].x = __fmaf_rn(weight, pair.x, out[c].x);
       out[c].y = __fmaf_rn(weight, pair.y, out[c].y);
     }
@@ -441,6 +437,41 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams 
     const int d = lane * 2 + 64 * c;
     if (d >= p.head_dim) continue;
     *reinterpret_cast<uint32_t*>(to + d) = pack_pair<T>(out[c].x / sum, out[c].y / sum);
+  }
+}
+
+// grid: (n, K). The block fetches the keys and values of a row's own positions at once; then each
+// warp takes every kWarps-th query head of the group.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams p) {
+  SmemCarver carver;
+  T* keys = carver.take<T>(kMaxTail * kPitch<kDim>);
+  T* values = carver.take<T>(kMaxTail * kPitch<kDim>);
+  SHARED(float, all_weights, [kWarps][kMaxTail]);
+  SHARED(int, slots, [kMaxTail]);
+  dependency_launch();
+  dependency_wait();
+  const int row = blockIdx.x;
+  const int kv_head = blockIdx.y;
+  const int visible = visible_positions(p, row);
+  const int shared = shared_positions(visible);
+  const int count = visible - shared;
+  for (int i = threadIdx.x; i < count; i += kThreads) slots[i] = slot_of(p, row, shared + i);
+  __syncthreads();
+  const T* cache_keys = static_cast<const T*>(p.keys) + kv_head * p.head_stride;
+  const T* cache_values = static_cast<const T*>(p.values) + kv_head * p.head_stride;
+  const auto offset = [&](int i) { return static_cast<int64_t>(slots[i]) * p.head_dim; };
+  load_rows<T, kDim>(keys, count, p.head_dim, cache_keys,
+                     [&](int i) { return cache_keys + offset(i); });
+  load_rows<T, kDim>(values, count, p.head_dim, cache_values,
+                     [&](int i) { return cache_values + offset(i); });
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  const int warp = threadIdx.x / kWarp;
+  for (int h = warp; h < p.group; h += kWarps) {
+    finish_head<T, kDim>(p, row, kv_head * p.group + h, shared, count, keys, values,
+                         all_weights[warp]);
   }
 }
 
@@ -458,9 +489,9 @@ void launch_attention(const AttentionParams& p, int64_t kv_heads, int64_t ranges
     config.grid.x = static_cast<unsigned>(ranges);
     launch<attend_kernel<T, kDim, false>>(config, "attention", p);
   }
-  launch<finish_kernel<T, kDim>>(
-      {dim3(ceil_div(int64_t{p.n} * p.query_heads, kWarps)), dim3(kThreads), stream}, "attention",
-      p);
+  launch<finish_kernel<T, kDim>>({dim3(static_cast<unsigned>(p.n), static_cast<unsigned>(kv_heads)),
+                                  dim3(kThreads), stream, finish_shared_bytes<T, kDim>()},
+                                 "attention", p);
 }
 
 template <typename T>
@@ -490,7 +521,7 @@ int64_t padded_head_dim(int64_t head_dim) {
 }
 
 int64_t attention_ranges(int64_t max_length) {
-  // Positions behind the last whole tile are finish_kernel's.
+  // The last positions are finish_kernel's.
   return max_length < kMaxInFlight ? 0 : (max_length - kMaxInFlight + kRangeKeys) / kRangeKeys;
 }
 

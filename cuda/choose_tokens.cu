@@ -123,7 +123,37 @@ struct Cut {
   }
 };
 
+// A histogram of 64-bit sums out of native 32-bit atomics, in copies that groups of warps share.
+struct MassHistogram {
+  static constexpr int kCopies = 4;
+  unsigned low[kCopies][kDigits];
+  unsigned high[kCopies][kDigits];
+
+  __device__ __forceinline__ void clear() {
+    for (int i = threadIdx.x; i < kCopies * kDigits; i += kRowThreads) {
+      low[i / kDigits][i % kDigits] = 0;
+      high[i / kDigits][i % kDigits] = 0;
+    }
+  }
+  __device__ __forceinline__ void add(int digit, Mass mass) {
+    const int copy = threadIdx.x / kWarp % kCopies;
+    const auto part = static_cast<unsigned>(mass);
+    const unsigned carry = atomicAdd(&low[copy][digit], part) > ~part ? 1 : 0;
+    const unsigned upper = static_cast<unsigned>(mass >> 32) + carry;
+    if (upper != 0) atomicAdd(&high[copy][digit], upper);
+  }
+  __device__ __forceinline__ Mass sum(int digit) const {
+    Mass total = 0;
+#pragma unroll
+    for (int copy = 0; copy < kCopies; ++copy) {
+      total += static_cast<Mass>(high[copy][digit]) << 32 | low[copy][digit];
+    }
+    return total;
+  }
+};
+
 struct RowScratch {
+  MassHistogram masses;
   Mass histogram[kDigits];
   uint32_t key;
   Mass wanted;
@@ -145,7 +175,7 @@ __device__ __forceinline__ Cut cut_at(RowScratch& scratch, const float* row, int
     scratch.wanted = wanted;
   }
   for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < kDigits; i += kRowThreads) scratch.histogram[i] = 0;
+    scratch.masses.clear();
     __syncthreads();
     const uint32_t upper = shift == 24 ? 0 : ~uint32_t{0} << (shift + 8);
     const uint32_t prefix = scratch.key;
@@ -154,7 +184,11 @@ __device__ __forceinline__ Cut cut_at(RowScratch& scratch, const float* row, int
       const uint32_t key = order_key(logit);
       if ((key & upper) != prefix || !cut.keeps(key, i)) continue;
       const Mass mass = weight(logit);
-      if (mass != 0) atomicAdd(&scratch.histogram[key >> shift & 255], mass);
+      if (mass != 0) scratch.masses.add(static_cast<int>(key >> shift & 255), mass);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kDigits; i += kRowThreads) {
+      scratch.histogram[i] = scratch.masses.sum(i);
     }
     __syncthreads();
     if (warp == 0) {

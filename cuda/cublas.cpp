@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -10,20 +11,39 @@
 namespace frspec::cuda {
 namespace {
 
-constexpr const char* kLibrary = "libcublas.so.13";
+#define FRSPEC_STRING(text) #text
+#define FRSPEC_STRING_OF(macro) FRSPEC_STRING(macro)
+// The major version of the toolkit: 12 or 13. Both have these functions.
+#if CUDART_VERSION >= 13000
+#define FRSPEC_CUBLAS_MAJOR 13
+#else
+#define FRSPEC_CUBLAS_MAJOR 12
+#endif
+constexpr const char* kLibrary = "libcublas.so." FRSPEC_STRING_OF(FRSPEC_CUBLAS_MAJOR);
 
-// Where the library may be: where the system looks, and beside this module in the tree of installed
-// Python packages (<site-packages>/frspec/_core.so, <site-packages>/nvidia/cu13/lib).
+// Where the library may be: what FRSPEC_CUBLAS names, where the system looks, beside this module in
+// the tree of installed Python packages (<site-packages>/frspec/_core.so,
+// <site-packages>/nvidia/cu13/lib), and in toolkits.
 std::vector<std::string> candidates() {
-  std::vector<std::string> paths{kLibrary};
+  std::vector<std::string> paths;
+  if (const char* named = std::getenv("FRSPEC_CUBLAS")) return {named};
+  paths.push_back(kLibrary);
   Dl_info info{};
   if (dladdr(reinterpret_cast<const void*>(&cublas_api), &info) != 0 && info.dli_fname != nullptr) {
     const std::string module = info.dli_fname;
     const size_t slash = module.rfind('/');
     const std::string folder = slash == std::string::npos ? "." : module.substr(0, slash);
-    paths.push_back(folder + "/../nvidia/cu13/lib/" + kLibrary);
+    paths.push_back(folder + "/../nvidia/cu" FRSPEC_STRING_OF(FRSPEC_CUBLAS_MAJOR) "/lib/" +
+                    kLibrary);
     paths.push_back(folder + "/../nvidia/cublas/lib/" + kLibrary);
   }
+  for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
+    if (const char* toolkit = std::getenv(variable)) {
+      paths.push_back(concat(toolkit, "/lib64/", kLibrary));
+    }
+  }
+  paths.push_back(concat("/usr/local/cuda/lib64/", kLibrary));
+  paths.push_back(concat(FRSPEC_CUDA_LIBRARY_FOLDER "/", kLibrary));  // of the build
   return paths;
 }
 
@@ -43,7 +63,8 @@ CublasApi open_library() {
   }
   FRSPEC_CHECK(library != nullptr, DeviceError,
                "cuBLAS was not found; install it with"
-               " 'pip install nvidia-cublas' or the extra 'frspec[cuda13]' (",
+               " 'pip install nvidia-cublas' or the extra 'frspec[cuda13]', or name its file with"
+               " FRSPEC_CUBLAS (",
                reasons, ")");
   CublasApi api{};
   find(library, "cublasCreate_v2", api.create);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 
 #include "dispatch.h"
 #include "launch.h"
@@ -44,14 +43,13 @@ void check_device(int device) {
 }  // namespace
 
 CudaBackend::CudaBackend(int device) : device_(device) {
-  // Kernels are loaded now and not at their first launch, which may be while a graph is recorded.
-  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   check_device(device);
   check(cudaGetDeviceProperties(&properties_, device), "asking for the device's properties");
   FRSPEC_CHECK(properties_.major >= kOldestMajor, DeviceError, properties_.name,
                " has compute capability ", properties_.major, ".", properties_.minor,
                "; the kernels need ", kOldestMajor, ".0 or newer");
-  check(cudaSetDevice(device), "choosing the device");
+  choose_device();
+  check_kernels();
   stream_owner_ = std::make_unique<Stream>();
   stream_ = *stream_owner_;
   for (auto& mark : marks_) mark = std::make_unique<Event>();
@@ -62,7 +60,9 @@ CudaBackend::~CudaBackend() {
   cudaSetDevice(device_);
   cudaStreamSynchronize(stream_);
   uploader_.reset();
-  for (const auto& [key, graph] : graphs_) cudaGraphExecDestroy(graph);
+  for (const auto& [key, graph] : graphs_) {
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
+  }
   if (cublas_ != nullptr) cublas_api().destroy(cublas_);
 }
 
@@ -71,13 +71,15 @@ CudaBackend::~CudaBackend() {
 DeviceInfo CudaBackend::info() const {
   size_t free = 0;
   size_t total = 0;
-  check(cudaSetDevice(device_), "choosing the device");
+  choose_device();
   check(cudaMemGetInfo(&free, &total), "asking for free memory");
   return {concat("cuda:", device_),
           concat(properties_.name, ", compute capability ", properties_.major, ".",
                  properties_.minor, ", ", properties_.multiProcessorCount, " multiprocessors"),
-          free};
+          free - std::min(free, kReserveBytes)};
 }
+
+void CudaBackend::choose_device() const { check(cudaSetDevice(device_), "choosing the device"); }
 
 int64_t CudaBackend::length_bound(int64_t length) const {
   return std::max(kLeastLengthBound,
@@ -124,7 +126,7 @@ void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
 }
 
 void* CudaBackend::allocate(size_t bytes) {
-  check(cudaSetDevice(device_), "choosing the device");
+  choose_device();
   memory_ = DeviceMemory();
   memory_ = DeviceMemory(bytes);
   check(cudaMemsetAsync(memory_.data(), 0, bytes, stream_), "clearing device memory");
@@ -133,11 +135,13 @@ void* CudaBackend::allocate(size_t bytes) {
 }
 
 void CudaBackend::upload(void* destination, const void* host_source, size_t bytes) {
+  choose_device();
   check(cudaMemcpyAsync(destination, host_source, bytes, cudaMemcpyHostToDevice, stream_),
         "uploading");
 }
 
 void CudaBackend::download(void* host_destination, const void* source, size_t bytes) {
+  choose_device();
   check(cudaMemcpyAsync(host_destination, source, bytes, cudaMemcpyDeviceToHost, stream_),
         "downloading");
   synchronize();
@@ -151,9 +155,17 @@ void CudaBackend::end_load() {
 // ==== Repeated work
 
 void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
+  choose_device();
   const GraphKey graph_key{key.kind, key.rows, key.length_bound};
   auto found = graphs_.find(graph_key);
+  // The first time nothing is recorded: kernels are loaded by their first launch, which must not be
+  // in a recording.
   if (found == graphs_.end()) {
+    body();
+    graphs_.emplace(graph_key, nullptr);
+    return;
+  }
+  if (found->second == nullptr) {
     check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
     recording_ = true;
     cudaGraph_t graph = nullptr;
@@ -171,7 +183,7 @@ void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
     const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
     cudaGraphDestroy(graph);
     check(error, "instantiating a graph");
-    found = graphs_.emplace(graph_key, executable).first;
+    found->second = executable;
   }
   check(cudaGraphLaunch(found->second, stream_), "launching a graph");
 }
@@ -183,7 +195,10 @@ void CudaBackend::post(const void* source, size_t bytes) {
         "posting results");
 }
 
-void CudaBackend::synchronize() { check(cudaStreamSynchronize(stream_), "waiting for the device"); }
+void CudaBackend::synchronize() {
+  choose_device();
+  check(cudaStreamSynchronize(stream_), "waiting for the device");
+}
 
 void CudaBackend::mark(int stamp) {
   check(cudaEventRecordWithFlags(*marks_[stamp], stream_,
@@ -203,6 +218,7 @@ double CudaBackend::measure_bandwidth() {
   constexpr int kCopies = 10;
   size_t free = 0;
   size_t total = 0;
+  choose_device();
   check(cudaMemGetInfo(&free, &total), "asking for free memory");
   const size_t bytes = std::min(kMostBytes, free / 4) / 4096 * 4096;
   const DeviceMemory from(bytes);
@@ -349,8 +365,11 @@ void CudaBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Te
 }
 
 void CudaBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                            const Visible& visible) {
-  cuda::attention(out, q, kv, visible, visible.ancestor_words == 0, attention_scratch_, stream_);
+                            const Visible& visible, Rows rows) {
+  // Few rows are faster by ranges, but a prompt's bits must not depend on what a round's size is.
+  const bool prompt =
+      rows == Rows::kPrompt || (rows == Rows::kDraft && q.rows > limits_.round_rows);
+  cuda::attention(out, q, kv, visible, prompt, attention_scratch_, stream_);
 }
 
 // ==== Drafting, choosing, the tree
@@ -387,7 +406,7 @@ void CudaBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const i
   cuda::walk_tree(walk, tree, chosen, stream_);
 }
 
-void CudaBackend::plant_tree(const DraftTree& tree, const Plant& plant) {
+void CudaBackend::plant_tree(const DraftTree& tree, const Plant* plant) {
   cuda::plant_tree(tree, plant, stream_);
 }
 

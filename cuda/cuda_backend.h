@@ -18,6 +18,9 @@
 
 namespace frspec::cuda {
 
+// Device memory that the plan may not have: kernels, graphs and cuBLAS take it.
+constexpr size_t kReserveBytes = size_t{512} << 20;
+
 class CudaBackend final : public Backend {
  public:
   // DeviceError: no driver, one that is too old, no such device, or one without kernels.
@@ -60,8 +63,8 @@ class CudaBackend final : public Backend {
                      const LinearWeight& up, Rows rows) override;
   void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                        const int32_t* positions, const int32_t* slots) override;
-  void attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                 const Visible& visible) override;
+  void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
+                 Rows rows) override;
   void gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) override;
 
   void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
@@ -72,13 +75,15 @@ class CudaBackend final : public Backend {
   void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
   void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
   void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
-  void plant_tree(const DraftTree& tree, const Plant& plant) override;
+  void plant_tree(const DraftTree& tree, const Plant* plant) override;
   void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                  const int32_t* path, const int32_t* path_length) override;
 
  private:
   using GraphKey = std::tuple<int32_t, int32_t, int64_t>;
 
+  // For this thread. Every step begins with a call that does it.
+  void choose_device() const;
   // The product of many rows by cuBLAS, with rows up to a multiple of kPromptRowMultiple.
   void multiply_prompt(const Tensor& out, const Tensor& x, const LinearWeight& w,
                        const Tensor* residual);
@@ -91,8 +96,8 @@ class CudaBackend final : public Backend {
   void* cublas_ = nullptr;
   DeviceMemory memory_;
   PinnedMemory mailbox_;
-  std::unique_ptr<Uploader> uploader_;  // while loading
-  std::map<GraphKey, cudaGraphExec_t> graphs_;
+  std::unique_ptr<Uploader> uploader_;          // while loading
+  std::map<GraphKey, cudaGraphExec_t> graphs_;  // null: seen, not recorded yet
   bool recording_ = false;
 
   // Scratch, from layout().

@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kMaxKeptNodes = kMaxTreeNodes;
 
 // Adds the candidates of a level to the pool; the topk best of them become the beam, best first.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     expand_beam_kernel(const DraftPool pool, const DraftLevel level) {
   SHARED(SelectScratch<kThreads>, select);
   SHARED(int32_t, kept, [kMaxTreeTopK]);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Keeps the tree.nodes - 1 best candidates of the pool, in ascending order, and writes the tree.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     build_tree_kernel(const DraftTree tree, const DraftPool pool, const TreeRoot root) {
   SHARED(SelectScratch<kThreads>, select);
   SHARED(int32_t, kept, [kMaxKeptNodes]);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     walk_tree_kernel(const TreeWalk walk, const DraftTree tree, const int32_t* chosen) {
   SHARED(int32_t, next, [kMaxTreeNodes]);
   dependency_launch();
@@ -88,10 +88,11 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    plant_tree_kernel(const DraftTree tree, const Plant plant) {
+__global__ void __launch_bounds__(kThreads, 1)
+    plant_tree_kernel(const DraftTree tree, const Plant* of_request) {
   dependency_launch();
   dependency_wait();
+  const Plant plant = *of_request;
   for (int32_t node = threadIdx.x; node < tree.nodes; node += kThreads) {
     plant_node(tree, plant, node);
   }
@@ -106,7 +107,7 @@ constexpr int kMoves = ((kMaxTreeDepth + 1) * 256 / 8 + kThreads - 1) / kThreads
 
 // grid: (layers, heads, keys or values). Slot base + j takes the row of slot base + path[j]; all
 // are read before one is written.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     commit_kv_kernel(uint4* keys, uint4* values, int64_t layer_stride, int64_t head_stride,
                      int row_pieces, const int32_t* base, const int32_t* path,
                      const int32_t* path_length) {
@@ -152,7 +153,7 @@ void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chose
   launch<walk_tree_kernel>({dim3(1), dim3(kThreads), stream}, "walk_tree", walk, tree, chosen);
 }
 
-void plant_tree(const DraftTree& tree, const Plant& plant, cudaStream_t stream) {
+void plant_tree(const DraftTree& tree, const Plant* plant, cudaStream_t stream) {
   launch<plant_tree_kernel>({dim3(1), dim3(kThreads), stream}, "plant_tree", tree, plant);
 }
 

@@ -16,6 +16,8 @@ namespace frspec::cuda {
 
 // ==== copy_rows.cu
 
+// Throws where this build has no kernels for the current device.
+void check_kernels();
 // out row i = source row rows[i], clamped to [0, source_rows); both with `cols` elements of `dtype`
 // (a multiple of 8, as are the strides).
 void copy_rows(const Tensor& out, const void* source, int64_t source_stride, int64_t source_rows,
@@ -113,7 +115,7 @@ void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& ro
                 cudaStream_t stream);
 void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen,
                cudaStream_t stream);
-void plant_tree(const DraftTree& tree, const Plant& plant, cudaStream_t stream);
+void plant_tree(const DraftTree& tree, const Plant* plant, cudaStream_t stream);
 void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base, const int32_t* path,
                const int32_t* path_length, cudaStream_t stream);
 

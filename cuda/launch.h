@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstddef>
 #include <utility>
 
 #include "check.h"
@@ -14,7 +16,8 @@
 
 namespace frspec::cuda {
 
-// DeviceError with the CUDA error's name, what it says, and what was being done.
+// DeviceError with the CUDA error's name, what it says, and what was being done; MemoryPlanError
+// where memory is what was missing.
 [[noreturn]] void throw_cuda_error(cudaError_t error, const char* doing);
 
 inline void check(cudaError_t error, const char* doing) {
@@ -28,19 +31,29 @@ struct LaunchConfig {
   size_t shared_bytes = 0;
 };
 
+// What is known of a kernel on one device.
+struct KernelState {
+  std::atomic<bool> known{false};
+  // Compiled with dependency_wait(). A kernel that the driver made out of older PTX is not, and
+  // must not be started early.
+  std::atomic<bool> overlaps{false};
+  std::atomic<size_t> allowed_bytes{size_t{48} << 10};  // of dynamic shared memory
+};
+constexpr int kMaxDevices = 32;
+
+// The state of a kernel on the current device, with room for `shared_bytes`. The first call loads
+// the kernel.
+const KernelState& prepare_kernel(KernelState (&states)[kMaxDevices], const void* kernel,
+                                  size_t shared_bytes, const char* name);
+
 // Every kernel begins with dependency_launch() and reads what others wrote after dependency_wait()
-// (ptx.cuh), so that each may be launched before the one in front of it has ended.
+// (ptx.cuh), so that each may be launched before the one in front of it has ended. FRSPEC_PDL=0 in
+// the environment launches them one after the other.
 template <auto Kernel, typename... Args>
 void launch(const LaunchConfig& config, const char* name, Args&&... args) {
-  // Beyond 48 KiB a kernel must ask, once for each instantiation.
-  static size_t allowed_bytes = 48 << 10;
-  if (config.shared_bytes > allowed_bytes) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.shared_bytes)),
-          name);
-    allowed_bytes = config.shared_bytes;
-  }
+  static KernelState states[kMaxDevices];
+  [[maybe_unused]] const KernelState& state =
+      prepare_kernel(states, reinterpret_cast<const void*>(Kernel), config.shared_bytes, name);
 #ifdef FRSPEC_EMULATE_CUDA
   check(emulation::enqueue_kernel(
             emulation::make_launch<Kernel>(config.grid, config.block, config.shared_bytes,
@@ -57,7 +70,7 @@ void launch(const LaunchConfig& config, const char* name, Args&&... args) {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   launch_config.attrs = &attribute;
-  launch_config.numAttrs = 1;
+  launch_config.numAttrs = state.overlaps ? 1 : 0;
   check(cudaLaunchKernelEx(&launch_config, Kernel, std::forward<Args>(args)...), name);
 #endif
 }

@@ -18,6 +18,7 @@
 // ascending order. Where the parts begin depends on the matrix and the device alone, so a row has
 // the same bits whatever rows share the product, and whichever block comes last (contract 1).
 #include <algorithm>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "kernels.h"
@@ -29,11 +30,13 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTileRows = kWarps * 32;  // rows of weights of a block
-constexpr int kDepth = 64;              // k of a stage
-constexpr int kPieces = kDepth / 8;     // 16-byte pieces of a row of a stage
-constexpr int kTokenGroup = 64;         // tokens of a block
+constexpr int kTileRows = kWarps * 32;         // rows of weights of a block
+constexpr int kDepth = 64;                     // k of a stage
+constexpr int kPieces = kDepth / 8;            // 16-byte pieces of a row of a stage
+constexpr int kPassRows = kThreads / kPieces;  // rows of a stage that all threads copy at once
+constexpr int kTokenGroup = 64;                // tokens of a block
 constexpr int kStages = 4;
+constexpr int kPrefetchStages = 4;        // that are asked for, into L2, while the kernel waits
 constexpr int kOutPitch = kTileRows + 4;  // floats between tokens of the finished tile
 
 constexpr int kMaxParts = 8;
@@ -61,6 +64,8 @@ struct LinearParams {
   int in_features;
   int parts;
   int part_depth;
+  int groups;  // of kTokenGroup tokens
+  bool quads;  // four outputs are always there, and aligned
 };
 
 // Piece `piece` of a row of a stage; the swizzle keeps ldmatrix free of bank conflicts.
@@ -69,49 +74,76 @@ __device__ __forceinline__ T* stage_piece(T* stage, int row, int piece) {
   return stage + row * kDepth + ((piece ^ (row & 7)) << 3);
 }
 
-// Row `row` of the tile: which row of which matrix; -1: none.
-template <bool kSwiglu>
-__device__ __forceinline__ int weight_row(int tile, int row, int out_features, bool& is_up) {
-  int output;
-  if (kSwiglu) {
-    // Every warp has 16 gate rows and the 16 up rows of the same outputs.
-    is_up = (row / 16) % 2 == 1;
-    output = tile * kTileOutputs<true> + row / 32 * 16 + row % 16;
-  } else {
-    is_up = false;
-    output = tile * kTileOutputs<false> + row;
-  }
-  return output < out_features ? output : -1;
-}
-
+// What one thread copies of each stage of the weights: the same piece of rows row + kPassRows * j
+// of the tile. Of a swiglu tile every warp has 16 gate rows and the 16 up rows of the same outputs.
 template <typename T, bool kSwiglu>
-__device__ __forceinline__ void load_weights(T* stage, const LinearParams& p, int tile, int k,
-                                             int k_end) {
+struct WeightCursor {
+  static constexpr int kPasses = kTileRows / kPassRows;
+  static_assert(kPassRows == 16, "rows of one pass are of one matrix, and swizzled alike");
+  const T* from;  // the thread's first row, at its piece of k = 0
+  const T* up;    // swiglu: the same of the other matrix
+  int64_t step;   // to the row of the next pass
+  int row;
+  int piece;
+  unsigned inside;  // bit j: row + kPassRows * j is a row of the matrix
+
+  __device__ __forceinline__ WeightCursor(const LinearParams& p, int tile)
+      : step(int64_t{kPassRows} * p.in_features),
+        row(threadIdx.x / kPieces),
+        piece(threadIdx.x % kPieces),
+        inside(0) {
+    const int first = tile * kTileOutputs<kSwiglu> + row;
+    const int64_t at = static_cast<int64_t>(first) * p.in_features + piece * 8;
+    from = static_cast<const T*>(p.w) + at;
+    up = kSwiglu ? static_cast<const T*>(p.up) + at : nullptr;
 #pragma unroll
-  for (int i = threadIdx.x; i < kTileRows * kPieces; i += kThreads) {
-    const int row = i / kPieces;
-    const int piece = i % kPieces;
-    bool is_up;
-    const int from_row = weight_row<kSwiglu>(tile, row, p.out_features, is_up);
-    const T* matrix = static_cast<const T*>(kSwiglu && is_up ? p.up : p.w);
-    const bool inside = from_row >= 0 && k + piece * 8 < k_end;
-    const T* from =
-        inside ? matrix + static_cast<int64_t>(from_row) * p.in_features + k + piece * 8 : matrix;
-    copy_async_16(stage_piece(stage, row, piece), from, inside ? 16 : 0);
+    for (int j = 0; j < kPasses; ++j) {
+      if (first + matrix_pass(j) * kPassRows < p.out_features) inside |= 1u << j;
+    }
   }
-}
+
+  // Pass j of the tile is this pass of its matrix.
+  static __device__ __forceinline__ int matrix_pass(int j) { return kSwiglu ? j / 2 : j; }
+
+  __device__ __forceinline__ const T* address(int j, int k) const {
+    return (kSwiglu && j % 2 == 1 ? up : from) + matrix_pass(j) * step + k;
+  }
+
+  __device__ __forceinline__ void load(T* stage, const LinearParams& p, int k, int k_end) const {
+    T* to = stage_piece(stage, row, piece);
+    const bool inside_k = k + piece * 8 < k_end;
+#pragma unroll
+    for (int j = 0; j < kPasses; ++j) {
+      const bool copies = inside_k && (inside >> j & 1) != 0;
+      copy_async_16(to + j * kPassRows * kDepth, copies ? address(j, k) : p.w, copies ? 16 : 0);
+    }
+  }
+
+  // Asks for a stage that is not loaded yet: the 8 threads of a row, whose stage is one line of 128
+  // bytes, take a pass each.
+  __device__ __forceinline__ void prefetch(int k, int k_end) const {
+    static_assert(kPasses == kPieces);
+#pragma unroll
+    for (int j = 0; j < kPasses; ++j) {
+      if (j == piece && (inside >> j & 1) != 0 && k < k_end) prefetch_l2(address(j, k) - piece * 8);
+    }
+  }
+};
 
 template <typename T, int kTokens>
 __device__ __forceinline__ void load_tokens(T* stage, const LinearParams& p, int first_token, int k,
                                             int k_end) {
-  const T* x = static_cast<const T*>(p.x);
+  const int row = threadIdx.x / kPieces;
+  const int piece = threadIdx.x % kPieces;
+  if (kTokens < kPassRows && row >= kTokens) return;
+  const T* from = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride + k + piece * 8;
+  T* to = stage_piece(stage, row, piece);
+  const bool inside_k = k + piece * 8 < k_end;
 #pragma unroll
-  for (int i = threadIdx.x; i < kTokens * kPieces; i += kThreads) {
-    const int token = i / kPieces;
-    const int piece = i % kPieces;
-    const bool inside = first_token + token < p.n && k + piece * 8 < k_end;
-    const T* from = inside ? x + (first_token + token) * p.x_stride + k + piece * 8 : x;
-    copy_async_16(stage_piece(stage, token, piece), from, inside ? 16 : 0);
+  for (int j = 0; j < (kTokens + kPassRows - 1) / kPassRows; ++j) {
+    const bool copies = inside_k && first_token + row + j * kPassRows < p.n;
+    copy_async_16(to + j * kPassRows * kDepth, copies ? from + j * kPassRows * p.x_stride : p.x,
+                  copies ? 16 : 0);
   }
 }
 
@@ -155,55 +187,118 @@ __device__ __forceinline__ float4 add(const float4& a, const float4& b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Writes outputs first ... first + 3 of a token.
-template <typename T, typename Out>
+template <typename T>
+__device__ __forceinline__ float4 load_four(const T* from) {  // aligned to 4 elements
+  const uint2 packed = *reinterpret_cast<const uint2*>(from);
+  const float2 low = unpack_pair<T>(packed.x);
+  const float2 high = unpack_pair<T>(packed.y);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+__device__ __forceinline__ void store_four(float* to, const float4& v) {
+  *reinterpret_cast<float4*>(to) = v;
+}
+template <typename T>
+__device__ __forceinline__ void store_four(T* to, const float4& v) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair<T>(v.x, v.y), pack_pair<T>(v.z, v.w));
+}
+
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+
+// bias[first ... first + 3], zeros behind the end.
+__device__ __forceinline__ float4 load_bias(const LinearParams& p, const float* bias, int first) {
+  float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (bias == nullptr) return four;
+  four.x = bias[first];
+  if (first + 1 < p.out_features) four.y = bias[first + 1];
+  if (first + 2 < p.out_features) four.z = bias[first + 2];
+  if (first + 3 < p.out_features) four.w = bias[first + 3];
+  return four;
+}
+
+template <typename T>
+__device__ __forceinline__ float4 load_residual(const LinearParams& p, int token, int first) {
+  float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (p.residual == nullptr) return four;
+  const T* from = static_cast<const T*>(p.residual) + token * p.residual_stride + first;
+  if (p.quads) return load_four(from);
+  four.x = to_float(from[0]);
+  if (first + 1 < p.out_features) four.y = to_float(from[1]);
+  if (first + 2 < p.out_features) four.z = to_float(from[2]);
+  if (first + 3 < p.out_features) four.w = to_float(from[3]);
+  return four;
+}
+
+template <typename Out>
 __device__ __forceinline__ void store_outputs(const LinearParams& p, int token, int first,
-                                              const float4& sums) {
-  float values[4] = {sums.x, sums.y, sums.z, sums.w};
-  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
-  const T* residual = static_cast<const T*>(p.residual);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int output = first + i;
-    if (output >= p.out_features) return;
-    if (p.bias != nullptr) values[i] += p.bias[output];
-    if (residual != nullptr) values[i] += to_float(residual[token * p.residual_stride + output]);
-    out[output] = from_float<Out>(values[i]);
-  }
+                                              const float4& v) {
+  Out* out = static_cast<Out*>(p.out) + token * p.out_stride + first;
+  if (p.quads) return store_four(out, v);
+  out[0] = from_float<Out>(v.x);
+  if (first + 1 < p.out_features) out[1] = from_float<Out>(v.y);
+  if (first + 2 < p.out_features) out[2] = from_float<Out>(v.z);
+  if (first + 3 < p.out_features) out[3] = from_float<Out>(v.w);
 }
 
-template <typename T, typename Out>
-__device__ __forceinline__ void store_swiglu(const LinearParams& p, int token, int first,
-                                             const float4& gates, const float4& ups) {
-  const float gate[4] = {gates.x, gates.y, gates.z, gates.w};
-  const float up[4] = {ups.x, ups.y, ups.z, ups.w};
-  Out* out = static_cast<Out*>(p.out) + token * p.out_stride;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int output = first + i;
-    if (output >= p.out_features) return;
-    const float g = p.bias == nullptr ? gate[i] : gate[i] + p.bias[output];
-    const float u = p.up_bias == nullptr ? up[i] : up[i] + p.up_bias[output];
-    out[output] = from_float<Out>(g / (1.0f + __expf(-g)) * u);
-  }
-}
-
-// The finished tile: load(token, row) gives the sums of tile rows row ... row + 3.
-template <typename T, typename Out, bool kSwiglu, typename Load>
+// The finished tile: load(token, row) gives the sums of tile rows row ... row + 3. A thread loads
+// for kBatch times four outputs before it stores any, because what it loads comes from far away.
+template <typename T, typename Out, bool kSwiglu, int kBatch, typename Load>
 __device__ __forceinline__ void store_tile(const LinearParams& p, int tile, int first_token,
                                            int tokens, const Load& load) {
   constexpr int kQuads = kTileOutputs<kSwiglu> / 4;
-  for (int i = threadIdx.x; i < tokens * kQuads; i += kThreads) {
-    const int token = i / kQuads;
-    const int quad = i % kQuads;
-    const int first = tile * kTileOutputs<kSwiglu> + quad * 4;
-    if constexpr (kSwiglu) {
-      const int row = quad / 4 * 32 + quad % 4 * 4;
-      store_swiglu<T, Out>(p, first_token + token, first, load(token, row), load(token, row + 16));
-    } else {
-      store_outputs<T, Out>(p, first_token + token, first, load(token, quad * 4));
+  const int count = tokens * kQuads;
+  for (int begin = threadIdx.x; begin < count; begin += kThreads * kBatch) {
+    float4 sums[kBatch]{};
+    float4 others[kBatch]{};  // residual, or the up half of swiglu
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * kThreads;
+      const int quad = i % kQuads;
+      const int first = tile * kTileOutputs<kSwiglu> + quad * 4;
+      if (i >= count || first >= p.out_features) continue;
+      if constexpr (kSwiglu) {
+        const int row = quad / 4 * 32 + quad % 4 * 4;
+        sums[b] = add(load(i / kQuads, row), load_bias(p, p.bias, first));
+        others[b] = add(load(i / kQuads, row + 16), load_bias(p, p.up_bias, first));
+      } else {
+        others[b] = load_residual<T>(p, first_token + i / kQuads, first);
+        sums[b] = add(load(i / kQuads, quad * 4), load_bias(p, p.bias, first));
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = begin + b * kThreads;
+      const int first = tile * kTileOutputs<kSwiglu> + i % kQuads * 4;
+      if (i >= count || first >= p.out_features) continue;
+      const float4& s = sums[b];
+      const float4& o = others[b];
+      store_outputs<Out>(
+          p, first_token + i / kQuads, first,
+          kSwiglu ? make_float4(silu(s.x) * o.x, silu(s.y) * o.y, silu(s.z) * o.z, silu(s.w) * o.w)
+                  : add(s, o));
     }
   }
+}
+
+// Adds the parts of a tile in ascending order. kMost: at least p.parts, so that all of a sum's
+// loads are under way at once.
+template <typename T, typename Out, bool kSwiglu, int kMost>
+__device__ __forceinline__ void store_parts(const LinearParams& p, int tile, int first_token,
+                                            int tokens, const float* partial, int64_t part_floats) {
+  constexpr int kBatch = (kSwiglu ? 8 : 16) / kMost;
+  store_tile<T, Out, kSwiglu, kBatch>(p, tile, first_token, tokens, [&](int token, int row) {
+    const float* from = partial + token * kTileRows + row;
+    float4 parts[kMost]{};
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      if (i < p.parts) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + i * part_floats));
+    }
+    float4 total = parts[0];
+#pragma unroll
+    for (int i = 1; i < kMost; ++i) {
+      if (i < p.parts) total = add(total, parts[i]);
+    }
+    return total;
+  });
 }
 
 template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
@@ -213,23 +308,26 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) 
   T* weights = carver.take<T>(kStages * kTileRows * kDepth);
   T* tokens = carver.take<T>(kStages * kTokens * kDepth);
   SHARED(unsigned, ticket);
-  const int tile = blockIdx.x;
+  // Groups of tokens that share weights are neighbours, so that the second reads them out of L2.
+  const int tile = blockIdx.x / p.groups;
+  const int group = blockIdx.x % p.groups;
   const int part = blockIdx.y;
-  const int group = blockIdx.z;
   const int first_token = group * kTokenGroup;
   const int group_tokens = min(p.n - first_token, kTokens);
   const int k_begin = part * p.part_depth;
   const int k_end = min(k_begin + p.part_depth, p.in_features);
   const int stages = (k_end - k_begin + kDepth - 1) / kDepth;
+  const WeightCursor<T, kSwiglu> cursor(p, tile);
 
   dependency_launch();
   // Weights depend on no kernel: they are asked for at once.
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) {
-      load_weights<T, kSwiglu>(weights + s * kTileRows * kDepth, p, tile, k_begin + s * kDepth,
-                               k_end);
-    }
+    if (s < stages) cursor.load(weights + s * kTileRows * kDepth, p, k_begin + s * kDepth, k_end);
+  }
+#pragma unroll
+  for (int s = kStages - 1; s < kStages - 1 + kPrefetchStages; ++s) {
+    cursor.prefetch(k_begin + s * kDepth, k_end);
   }
   dependency_wait();
 #pragma unroll
@@ -255,8 +353,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) 
     const int next = s + kStages - 1;
     if (next < stages) {
       const int at = next % kStages;
-      load_weights<T, kSwiglu>(weights + at * kTileRows * kDepth, p, tile, k_begin + next * kDepth,
-                               k_end);
+      cursor.load(weights + at * kTileRows * kDepth, p, k_begin + next * kDepth, k_end);
       load_tokens<T, kTokens>(tokens + at * kTokens * kDepth, p, first_token,
                               k_begin + next * kDepth, k_end);
     }
@@ -288,11 +385,11 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) 
     return *reinterpret_cast<const float4*>(finished + token * kOutPitch + row);
   };
   if (p.parts == 1) {
-    store_tile<T, Out, kSwiglu>(p, tile, first_token, group_tokens, from_shared);
+    store_tile<T, Out, kSwiglu, 4>(p, tile, first_token, group_tokens, from_shared);
     return;
   }
 
-  const int tile_index = group * gridDim.x + tile;
+  const int tile_index = blockIdx.x;
   const int64_t part_floats = static_cast<int64_t>(group_tokens) * kTileRows;
   float* tile_partial =
       p.partial + static_cast<int64_t>(tile_index) * p.parts * min(p.n, kTokenGroup) * kTileRows;
@@ -307,14 +404,17 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) 
   if (ticket + 1 != static_cast<unsigned>(p.parts)) return;
   __threadfence();
   if (threadIdx.x == 0) p.tickets[tile_index] = 0;
-  store_tile<T, Out, kSwiglu>(p, tile, first_token, group_tokens, [&](int token, int row) {
-    const float* from = tile_partial + token * kTileRows + row;
-    float4 total = __ldcg(reinterpret_cast<const float4*>(from));
-    for (int i = 1; i < p.parts; ++i) {
-      total = add(total, __ldcg(reinterpret_cast<const float4*>(from + i * part_floats)));
-    }
-    return total;
-  });
+  const auto finish = [&](auto most) {
+    store_parts<T, Out, kSwiglu, most.value>(p, tile, first_token, group_tokens, tile_partial,
+                                             part_floats);
+  };
+  if (p.parts <= 2) {
+    finish(std::integral_constant<int, 2>{});
+  } else if (p.parts <= 4) {
+    finish(std::integral_constant<int, 4>{});
+  } else {
+    finish(std::integral_constant<int, kMaxParts>{});
+  }
 }
 
 template <typename T, int kTokens>
@@ -325,8 +425,8 @@ constexpr size_t shared_bytes() {
 
 template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
 void launch_tiles(const LinearParams& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.out_features, kTileOutputs<kSwiglu>), static_cast<unsigned>(p.parts),
-                  ceil_div(p.n, kTokenGroup));
+  const dim3 grid(ceil_div(p.out_features, kTileOutputs<kSwiglu>) * static_cast<unsigned>(p.groups),
+                  static_cast<unsigned>(p.parts));
   launch<linear_kernel<T, Out, kTokenTiles, kSwiglu>>(
       {grid, dim3(kThreads), stream, shared_bytes<T, kTokenTiles * 8>()}, "linear", p);
 }
@@ -339,6 +439,8 @@ void launch_tokens(const LinearParams& p, cudaStream_t stream) {
   if (tokens <= 32) return launch_tiles<T, Out, 4, kSwiglu>(p, stream);
   return launch_tiles<T, Out, 8, kSwiglu>(p, stream);
 }
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 int64_t tile_count(int64_t out_features, bool swiglu) {
   return ceil_div(out_features, swiglu ? kTileOutputs<true> : kTileOutputs<false>);
@@ -407,9 +509,12 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
   p.in_features = static_cast<int>(w.in_features);
   p.parts = split.parts;
   p.part_depth = split.part_depth;
+  p.groups = static_cast<int>(ceil_div(x.rows, kTokenGroup));
+  p.quads = w.out_features % 4 == 0 && out.stride % 4 == 0 && aligned(out.data);
   if (residual != nullptr) {
     p.residual = residual->data;
     p.residual_stride = residual->stride;
+    p.quads = p.quads && residual->stride % 4 == 0 && aligned(residual->data);
   }
   if (up != nullptr) {
     p.up = up->data;

@@ -2,8 +2,7 @@
 // fused with the append to the KV cache.
 //
 // qkv: [n, (H + 2 K) D]; queries are rotated in place, keys rotated into the cache, values copied.
-// rope: [positions, D] fp32, cosines then sines. One block for each row; a thread takes one pair of
-// query or key elements, or one value, at a time.
+// rope: [positions, D] fp32, cosines then sines. A thread takes a pair of elements at a time.
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
@@ -12,8 +11,9 @@
 namespace frspec::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 64;
 
+// grid: (n, H + 2 K), a block for each head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rope_and_append_kernel(T* qkv, int64_t qkv_stride, T* keys, T* values, int64_t head_stride,
@@ -21,25 +21,32 @@ __global__ void __launch_bounds__(kThreads)
                            int query_heads, int kv_heads, int head_dim) {
   dependency_launch();
   dependency_wait();
-  T* row = qkv + blockIdx.x * qkv_stride;
+  const int head = blockIdx.y;
   const int half = head_dim / 2;
+  T* from = qkv + blockIdx.x * qkv_stride + head * head_dim;
+  T* to = from;
+  if (head >= query_heads) {
+    const bool is_key = head < query_heads + kv_heads;
+    const int kv_head = head - query_heads - (is_key ? 0 : kv_heads);
+    to = (is_key ? keys : values) + kv_head * head_stride +
+         static_cast<int64_t>(slots[blockIdx.x]) * head_dim;
+  }
   const float* cosines = rope + static_cast<int64_t>(positions[blockIdx.x]) * head_dim;
   const float* sines = cosines + half;
-  const int64_t slot = slots[blockIdx.x];
-  const int pairs = (query_heads + kv_heads) * half;
-  for (int i = threadIdx.x; i < pairs; i += kThreads) {
-    const int head = i / half;
-    const int j = i % half;
-    T* from = row + head * head_dim;
-    T* to = head < query_heads ? from : keys + (head - query_heads) * head_stride + slot * head_dim;
-    const float a = to_float(from[j]);
-    const float b = to_float(from[j + half]);
-    to[j] = from_float<T>(__fmaf_rn(a, cosines[j], -b * sines[j]));
-    to[j + half] = from_float<T>(__fmaf_rn(b, cosines[j], a * sines[j]));
-  }
-  const T* v = row + (query_heads + kv_heads) * head_dim;
-  for (int i = threadIdx.x; i < kv_heads * head_dim; i += kThreads) {
-    values[i / head_dim * head_stride + slot * head_dim + i % head_dim] = v[i];
+  for (int j = threadIdx.x; j < half; j += kThreads) {
+    const T first = from[j];
+    const T second = from[j + half];
+    if (head >= query_heads + kv_heads) {
+      to[j] = first;
+      to[j + half] = second;
+      continue;
+    }
+    const float cosine = cosines[j];
+    const float sine = sines[j];
+    const float a = to_float(first);
+    const float b = to_float(second);
+    to[j] = from_float<T>(__fmaf_rn(a, cosine, -b * sine));
+    to[j + half] = from_float<T>(__fmaf_rn(b, cosine, a * sine));
   }
 }
 
@@ -51,10 +58,12 @@ void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
     using T = decltype(element);
     const int64_t query_heads = qkv.cols / kv.head_dim - 2 * kv.heads;
     launch<rope_and_append_kernel<T>>(
-        {dim3(ceil_div(qkv.rows, 1)), dim3(kThreads), stream}, "rope_and_append",
-        static_cast<T*>(qkv.data), qkv.stride, static_cast<T*>(kv.keys), static_cast<T*>(kv.values),
-        kv.slots * kv.head_dim, static_cast<const float*>(rope.data), positions, slots,
-        static_cast<int>(query_heads), static_cast<int>(kv.heads), static_cast<int>(kv.head_dim));
+        {dim3(static_cast<unsigned>(qkv.rows), static_cast<unsigned>(query_heads + 2 * kv.heads)),
+         dim3(kThreads), stream},
+        "rope_and_append", static_cast<T*>(qkv.data), qkv.stride, static_cast<T*>(kv.keys),
+        static_cast<T*>(kv.values), kv.slots * kv.head_dim, static_cast<const float*>(rope.data),
+        positions, slots, static_cast<int>(query_heads), static_cast<int>(kv.heads),
+        static_cast<int>(kv.head_dim));
   });
 }
 

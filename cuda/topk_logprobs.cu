@@ -32,6 +32,16 @@ __device__ __forceinline__ float2 merge_sums(const float2& a, const float2& b) {
   return make_float2(max, a.y * __expf(a.x - max) + b.y * __expf(b.x - max));
 }
 
+__device__ __forceinline__ float2 warp_merge_sums(float2 part) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const float2 other = make_float2(__shfl_xor_sync(kAllLanes, part.x, offset),
+                                     __shfl_xor_sync(kAllLanes, part.y, offset));
+    part = merge_sums(part, other);
+  }
+  return part;
+}
+
 __global__ void __launch_bounds__(kThreads)
     scan_chunk_kernel(const float* logits, int64_t stride, int cols, int k, float2* chunk_sums,
                       uint64_t* chunk_entries) {
@@ -56,13 +66,7 @@ __global__ void __launch_bounds__(kThreads)
       if (logit == logit) sum += __expf(logit - max);
     }
   }
-  float2 part = make_float2(max, sum);
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const float2 other = make_float2(__shfl_xor_sync(kAllLanes, part.x, offset),
-                                     __shfl_xor_sync(kAllLanes, part.y, offset));
-    part = merge_sums(part, other);
-  }
+  const float2 part = warp_merge_sums(make_float2(max, sum));
   if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = part;
   __syncthreads();
   const int64_t chunk = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
@@ -89,11 +93,14 @@ __global__ void __launch_bounds__(kThreads)
   dependency_wait();
   const int count = chunks * k;
   const float2* sums = chunk_sums + static_cast<int64_t>(blockIdx.x) * chunks;
-  if (threadIdx.x == 0) {
-    float2 total = sums[0];
-    for (int c = 1; c < chunks; ++c) total = merge_sums(total, sums[c]);
-    row_max = total.x;
-    log_sum = logf(total.y);
+  if (threadIdx.x < kWarp) {
+    float2 total = make_float2(-INFINITY, 0.0f);
+    for (int c = threadIdx.x; c < chunks; c += kWarp) total = merge_sums(total, sums[c]);
+    total = warp_merge_sums(total);
+    if (threadIdx.x == 0) {
+      row_max = total.x;
+      log_sum = logf(total.y);
+    }
   }
   __syncthreads();
   // An entry's place is the number of larger ones; k of them have a place below k.

@@ -12,10 +12,9 @@
 // Ops may run later than their call returns, in the order of the calls; download() and
 // synchronize() wait for them.
 //
-// Row invariance (contract 1): for `linear*` of Rows::kTarget, `attention` with ancestors,
-// `rms_norm`, `rope_and_append`, `embed` and `choose_tokens`, a row of the output depends on that
-// row's inputs alone, bit for bit: not on n, not on the row's index, not on the thread count or the
-// launch grid.
+// Row invariance (contract 1): for `linear*` and `attention` of Rows::kTarget, `rms_norm`,
+// `rope_and_append`, `embed` and `choose_tokens`, a row of the output depends on that row's inputs
+// alone, bit for bit: not on n, not on the row's index, not on the thread count or the launch grid.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +41,7 @@ struct LinearWeight {
   const float* bias = nullptr;  // [out_features] fp32, or null
 };
 
-// What the rows of a product are, which says how exactly they have to be summed.
+// What the rows of a pass are, which says how exactly they have to be summed.
 enum class Rows : uint8_t {
   kTarget,  // tokens that the target decodes or verifies: rows are invariant
   kPrompt,  // a chunk of a prompt: bits may depend on the chunk (prompt_chunk())
@@ -141,8 +140,8 @@ class Backend {
 
   // ==== Repeated work
 
-  // Does `body`, which calls ops (and mark, post) only; a backend may record it at the first call
-  // with a key and replay the record later.
+  // Does `body`, which calls ops (and mark, post) only; a backend may record it and replay the
+  // record at later calls with the same key.
   virtual void run(const WorkKey& key, const std::function<void()>& body) = 0;
   // Copies up to kMailboxBytes to where the host reads them after the next synchronize().
   virtual void post(const void* source, size_t bytes) = 0;
@@ -194,7 +193,7 @@ class Backend {
   // out [n, H D] = softmax(q . keys^T / sqrt(D)) . values, over the visible slots in their order; q
   // [n, H D]. The query heads h of a group share the key/value head h / (H / K).
   virtual void attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                         const Visible& visible) = 0;
+                         const Visible& visible, Rows rows = Rows::kTarget) = 0;
   // out [n, d] = src rows `rows` [n].
   virtual void gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) = 0;
 
@@ -214,8 +213,8 @@ class Backend {
   virtual void expand_beam(const DraftPool& pool, const DraftLevel& level) = 0;
   virtual void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) = 0;
   virtual void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) = 0;
-  // Plants recorded tokens into a tree that was just built (plant.h).
-  virtual void plant_tree(const DraftTree& tree, const Plant& plant) = 0;
+  // Plants recorded tokens into a tree that was just built (plant.h). plant: in backend memory.
+  virtual void plant_tree(const DraftTree& tree, const Plant* plant) = 0;
   // For every layer: slot base + j takes the row of slot base + path[j], for j ascending below
   // *path_length (path[j] >= j).
   virtual void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,

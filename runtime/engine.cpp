@@ -196,8 +196,10 @@ void Engine::layout(Arena& arena, int64_t max_context) {
     walk_ = {walk_result_, walk_result_ + 1, walk_result_ + 1 + depth + 1, {root_, root_ + 1}};
   }
   sampling_ = arena.take_array<Sampling>(kRound, 1);
-  planted_tokens_ = nullptr;
-  if (options_.plant) planted_tokens_ = arena.take_array<int32_t>(kRound, context_tokens);
+  if (options_.plant) {
+    planted_tokens_ = arena.take_array<int32_t>(kRound, context_tokens);
+    plant_ = arena.take_array<Plant>(kRound, 1);
+  }
 }
 
 int64_t Engine::longest_context_within(size_t bytes) {
@@ -306,13 +308,14 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
                "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
                accept_length);
-  plant_ = Plant{};
-  if (recorded.empty()) return;
+  plants_ = !recorded.empty();
+  if (!plants_) return;
   backend_->upload(planted_tokens_, recorded.data(), recorded.size() * sizeof(int32_t));
-  plant_.recorded = planted_tokens_;
-  plant_.length = static_cast<int32_t>(recorded.size());
-  plant_.depth = std::min(depth, eagle_->tree_nodes() - 1);
-  plant_.vocab = static_cast<int32_t>(target_.config.vocab_size);
+  Plant plant;
+  plant.recorded = planted_tokens_;
+  plant.length = static_cast<int32_t>(recorded.size());
+  plant.depth = std::min(depth, eagle_->tree_nodes() - 1);
+  plant.vocab = static_cast<int32_t>(target_.config.vocab_size);
   // A round emits 1 + a + a^2 + ... + a^depth tokens on average.
   double low = 0.0;
   double high = 1.0;
@@ -320,10 +323,11 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
     const double a = (low + high) / 2;
     double mean = 1.0;
     double power = 1.0;
-    for (int32_t d = 0; d < plant_.depth; ++d) mean += power *= a;
+    for (int32_t d = 0; d < plant.depth; ++d) mean += power *= a;
     (mean < accept_length ? low : high) = a;
   }
-  plant_.acceptance = static_cast<float>(high);
+  plant.acceptance = static_cast<float>(high);
+  backend_->upload(plant_, &plant, sizeof plant);
 }
 
 void Engine::start(std::span<const int32_t> prompt, const Request& request) {
@@ -432,7 +436,7 @@ void Engine::prefill_chunk() {
 void Engine::draft_and_verify(int64_t length_bound) {
   Backend& backend = *backend_;
   drafter_->draft(backend, tree_, walk_.root, length_bound);
-  if (plant_.recorded != nullptr) backend.plant_tree(tree_, plant_);
+  if (plants_ && drafter_->observes()) backend.plant_tree(tree_, plant_);
   backend.mark(kDrafted);
 
   const int64_t nodes = tree_.nodes;
@@ -472,9 +476,9 @@ void Engine::round() {
     observed_ += unobserved_;
     unobserved_ = 0;
   }
-  const auto kind = plant_.recorded != nullptr ? WorkKey::kPlantedRound
-                    : drafter_->observes()     ? WorkKey::kDraftedRound
-                                               : WorkKey::kPlainRound;
+  const auto kind = !drafter_->observes() ? WorkKey::kPlainRound
+                    : plants_             ? WorkKey::kPlantedRound
+                                          : WorkKey::kDraftedRound;
   backend_->run({kind, tree_.nodes, bound}, [&] { draft_and_verify(bound); });
   backend_->synchronize();
 

@@ -144,7 +144,8 @@ class Engine {
   int32_t* root_ = nullptr;       // [2]: token, base
   Sampling* sampling_ = nullptr;  // [1] of the current request
   int32_t* planted_tokens_ = nullptr;
-  Plant plant_;
+  Plant* plant_ = nullptr;  // [1]
+  bool plants_ = false;
 
   // The current sequence: sequence_[i] is in KV slot i for i < target_.kv.length; the element
   // behind those is the root, chosen but not yet computed.

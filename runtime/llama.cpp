@@ -57,7 +57,7 @@ void forward_layer(Backend& backend, const ModelConfig& config, const DecoderLay
   }
   backend.linear(qkv, layer.input_norm != nullptr ? normed : hidden, layer.qkv, pass.kind);
   backend.rope_and_append(qkv, kv, rope, pass.positions, pass.slots);
-  backend.attention(attended, q, kv, pass.visible);
+  backend.attention(attended, q, kv, pass.visible, pass.kind);
   backend.linear(hidden, attended, layer.o, pass.kind, &hidden);
 
   backend.rms_norm(normed, hidden, layer.post_attention_norm, config.rms_norm_eps);

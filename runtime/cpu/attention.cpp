@@ -11,7 +11,7 @@
 namespace frspec::cpu {
 
 void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                           const Visible& visible) {
+                           const Visible& visible, Rows) {
   const int64_t rows = q.rows;
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;

@@ -74,8 +74,8 @@ class CpuBackend final : public Backend {
                      const LinearWeight& up, Rows rows) override;
   void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                        const int32_t* positions, const int32_t* slots) override;
-  void attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                 const Visible& visible) override;
+  void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
+                 Rows rows) override;
   void gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) override;
 
   void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
@@ -86,7 +86,7 @@ class CpuBackend final : public Backend {
   void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
   void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
   void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
-  void plant_tree(const DraftTree& tree, const Plant& plant) override;
+  void plant_tree(const DraftTree& tree, const Plant* plant) override;
   void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                  const int32_t* path, const int32_t* path_length) override;
 

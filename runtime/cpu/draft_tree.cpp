@@ -73,9 +73,9 @@ void CpuBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const in
   });
 }
 
-void CpuBackend::plant_tree(const DraftTree& tree, const Plant& plant) {
-  for (int32_t node = 0; node < tree.nodes; ++node) plant_node(tree, plant, node);
-  for (int32_t node = 0; node < tree.nodes; ++node) relink_node(tree, plant, node);
+void CpuBackend::plant_tree(const DraftTree& tree, const Plant* plant) {
+  for (int32_t node = 0; node < tree.nodes; ++node) plant_node(tree, *plant, node);
+  for (int32_t node = 0; node < tree.nodes; ++node) relink_node(tree, *plant, node);
 }
 
 void CpuBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,

@@ -68,6 +68,8 @@ class DeviceArray {
     if (values.empty()) return;
     check(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
           "test upload");
+    // The tests' streams do not wait for the default stream, which may be copying still.
+    check(cudaStreamSynchronize(nullptr), "test upload");
   }
   std::vector<T> get(cudaStream_t stream) const {
     std::vector<T> values(count_);

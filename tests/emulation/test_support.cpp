@@ -1,4 +1,4 @@
-// Child processes for tests, and the error that the checked calls throw.
+// Child processes for tests.
 #include "test_support.h"
 
 #include <sys/wait.h>
@@ -7,16 +7,6 @@
 #include <array>
 #include <cstdio>
 #include <exception>
-
-#include "check.h"
-
-namespace frspec::cuda {
-
-void throw_cuda_error(cudaError_t error, const char* doing) {
-  throw DeviceError(concat(cudaGetErrorName(error), " (", cudaGetErrorString(error), "): ", doing));
-}
-
-}  // namespace frspec::cuda
 
 namespace emulation {
 namespace {
