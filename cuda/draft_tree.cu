@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 constexpr int kMaxKeptNodes = kMaxTreeNodes;
 
 // Adds the candidates of a level to the pool; the topk best of them become the beam, best first.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     expand_beam_kernel(const DraftPool pool, const DraftLevel level) {
   SHARED(SelectScratch<kThreads>, select);
   SHARED(int32_t, kept, [kMaxTreeTopK]);
