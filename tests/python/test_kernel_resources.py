@@ -12,8 +12,8 @@ import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_resources.py"
 
-BEAM = "_ZN6frspec4cuda12_GLOBAL__N__18expand_beam_kernelENS_9DraftPoolE"
-LINEAR = "_ZN6frspec4cuda12_GLOBAL__N__113linear_kernelI13__nv_bfloat16fLi8ELb0EEEvNS_6ParamsE"
+BEAM = "_ZN6frspec4cuda12_GLOBAL__N_18expand_beam_kernelENS_9DraftPoolE"
+LINEAR = "_ZN6frspec4cuda12_GLOBAL__N_113linear_kernelI13__nv_bfloat16fLi8ELb0EEEvNS_6ParamsE"
 
 
 def ptxas(mangled: str, arch: str, registers: int, spilled: int = 0, shared: int = 0) -> str:
