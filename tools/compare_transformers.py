@@ -2,8 +2,9 @@
 
 The model has the shapes of a folder's config.json and random weights, made on the device. A step is
 the forward pass of one token of one sequence and the arg max of its logits; compiled, it runs as a
-CUDA graph (mode="reduce-overhead"). The report is written again after each part, so that what was measured
-stays if a later part is cut off. Without torch and transformers it says so and exits with 0.
+CUDA graph (mode="reduce-overhead"). The report is written again after each part, so that what was
+measured stays if a later part is cut off. Without torch and transformers it says so and exits with
+0.
 
     python tools/compare_transformers.py --model DIR [--device cuda] [--json FILE]
 """
