@@ -137,7 +137,7 @@ class DraftBench {
 
 json measure_drafting(Bench& bench) {
   FRSPEC_CHECK(bench.settings.tree.depth >= 2, RequestError,
-               "a level is timed between two depths: expected a tree of depth 2 or more, found ",
+               "a level is timed between two depths: expected a depth of 2 or more, found ",
                bench.settings.tree.depth);
   return DraftBench(bench).run();
 }

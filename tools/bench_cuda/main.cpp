@@ -47,8 +47,9 @@ void fill_random(Backend& backend, const Tensor& t, uint64_t seed) {
 
 namespace {
 
-// Adds the floor, and how much of the bandwidth was reached.
+// Adds the floor of each op, and how much of the bandwidth it reached.
 void add_floor(json& rows, double bandwidth) {
+  if (!rows.is_array()) return;
   for (json& row : rows) {
     row["floor_us"] = row["bytes"].get<double>() / bandwidth * 1e6;
     row["share"] = row["floor_us"].get<double>() / row["us"].get<double>();
@@ -77,6 +78,20 @@ void print_rows(const json& rows, const char* title, const char* first, const ch
   }
 }
 
+void print_part(const std::string& part, const json& result) {
+  if (part == "linears") return print_linears(result);
+  if (part == "attention") return print_rows(result, "attention, context", "context", "rows");
+  if (part == "drafting") return print_rows(result, "draft level, head", "vocab_size", "topk");
+  std::printf("\n%s %s\n", part.c_str(), result.dump(2).c_str());
+}
+
+// Written after each part: what was measured stays if a later one fails or takes too long.
+void write_report(const json& report, const std::string& path) {
+  std::ofstream file(path);
+  file << report.dump(1) << "\n";
+  FRSPEC_CHECK(file.good(), RequestError, path, ": cannot be written");
+}
+
 int run(Settings settings, const std::vector<std::string>& parts, const std::string& json_file) {
   Bench bench{
       settings, read_model_config(settings.model), read_eagle_config(settings.drafter), 0, {}};
@@ -88,37 +103,26 @@ int run(Settings settings, const std::vector<std::string>& parts, const std::str
     bench.settings.rotated_bytes =
         std::max(kLeastRotatedBytes, kRotatedL2Caches * properties.l2CacheSize);
   }
-  const auto has = [&](const char* part) {
-    return std::find(parts.begin(), parts.end(), part) != parts.end();
-  };
   json report = {{"model", settings.model},
                  {"device", backend->info().description},
                  {"repeats", settings.repeats}};
   std::printf("%s\n", report["device"].get<std::string>().c_str());
   bench.bandwidths.push_back(backend->measure_bandwidth());
-  if (has("linears")) report["linears"] = measure_linears(bench);
-  if (has("attention")) report["attention"] = measure_attention(bench);
-  if (has("drafting")) report["drafting"] = measure_drafting(bench);
-  if (has("upload")) report["upload"] = measure_upload(bench);
-  if (has("memory")) report["memory"] = measure_memory(bench);
-
-  const double bandwidth = median(bench.bandwidths);
-  report["bandwidth_bytes_per_s"] = bandwidth;
-  std::printf("copies at %.1f GB/s, bytes read and written\n", bandwidth * 1e-9);
-  for (const char* part : {"linears", "attention", "drafting"}) {
-    if (has(part)) add_floor(report[part], bandwidth);
+  for (const std::string& part : parts) {
+    if (part == "linears") report[part] = measure_linears(bench);
+    if (part == "attention") report[part] = measure_attention(bench);
+    if (part == "drafting") report[part] = measure_drafting(bench);
+    if (part == "upload") report[part] = measure_upload(bench);
+    if (part == "memory") report[part] = measure_memory(bench);
+    const double bandwidth = median(bench.bandwidths);
+    report["bandwidth_bytes_per_s"] = bandwidth;
+    for (json& each : report) add_floor(each, bandwidth);
+    print_part(part, report[part]);
+    std::fflush(stdout);
+    if (!json_file.empty()) write_report(report, json_file);
   }
-  if (has("linears")) print_linears(report["linears"]);
-  if (has("attention")) print_rows(report["attention"], "attention, context", "context", "rows");
-  if (has("drafting")) print_rows(report["drafting"], "draft level, head", "vocab_size", "topk");
-  for (const char* part : {"upload", "memory"}) {
-    if (has(part)) std::printf("\n%s %s\n", part, report[part].dump(2).c_str());
-  }
-  if (!json_file.empty()) {
-    std::ofstream file(json_file);
-    file << report.dump(1) << "\n";
-    FRSPEC_CHECK(file.good(), RequestError, json_file, ": cannot be written");
-  }
+  std::printf("\ncopies at %.1f GB/s, bytes read and written\n",
+              report["bandwidth_bytes_per_s"].get<double>() * 1e-9);
   return 0;
 }
 
