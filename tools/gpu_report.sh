@@ -21,6 +21,7 @@
 #                  prompts.jsonl in Spec-Bench's format
 #   FRSPEC_BUILD   build folder (default: build/gpu_report)
 #   FRSPEC_CUDA_ARCHS, CUDA_HOME   compute capabilities (default: the GPU's), toolkit
+#   FRSPEC_COMMIT  the commit, where git cannot tell
 #   FRSPEC_REPORT_LIMIT   seconds for each piece, instead of the limits below
 set -uo pipefail
 

@@ -7,7 +7,7 @@
 #   headers   CLI11, doctest and nlohmann-json, out of Debian's packages; 2 MB
 #   shapes    the synthetic models' folders, made with frspec (tools/setup.sh); 5 MB
 #   python    wheels for the Python module; 21 MB
-#   toolkit   wheels of nvcc and its headers, compute-sanitizer, CMake and ninja; 200 MB
+#   toolkit   wheels of nvcc and its headers, compute-sanitizer, CMake and ninja; 170 MB
 #   cublas    wheels of cuBLAS; 400 MB
 #
 # Without parts: headers, shapes and python, for a machine that has CUDA's toolkit and CMake. Wheels

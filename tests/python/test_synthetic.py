@@ -107,10 +107,7 @@ def bench(*args: object) -> subprocess.CompletedProcess[str]:
     if not BENCH.exists():
         pytest.skip(f"{BENCH} is not built (FRSPEC_BUILD_TOOLS=ON)")
     return subprocess.run(
-        [str(BENCH), "--device", "cpu", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [str(BENCH), "--device", "cpu", *map(str, args)], capture_output=True, text=True, timeout=120
     )
 
 

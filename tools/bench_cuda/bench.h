@@ -58,7 +58,8 @@ using Sample = std::function<double()>;
 
 // A graph of the ops that `body` calls, between two time stamps; recorded at the first run.
 Sample sample_backend(Backend& backend, std::function<void()> body);
-// The same of what `body` puts on the stream, which must outlive the sample.
+// The same of what `body` puts on the stream, done once and recorded at once. The stream must
+// outlive the sample.
 Sample sample_stream(cudaStream_t stream, const std::function<void()>& body);
 
 // Median seconds of each sample. They take turns, and the first turn is not counted.

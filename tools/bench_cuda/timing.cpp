@@ -11,6 +11,8 @@ namespace {
 class RecordedGraph {
  public:
   RecordedGraph(cudaStream_t stream, const std::function<void()>& body) : stream_(stream) {
+    body();  // what a library sets up at its first call cannot be recorded
+    check(cudaStreamSynchronize(stream), "warming up");
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
     check(cudaEventRecordWithFlags(start_, stream, cudaEventRecordExternal), "recording");
     body();
