@@ -34,7 +34,7 @@ SKIPPED=77
 
 # ==== What pieces share
 
-has_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU; }
+has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]; }
 skip() {
   echo "$*"
   exit $SKIPPED
@@ -52,7 +52,7 @@ with_site() { PYTHONPATH="$build/package:$site${PYTHONPATH:+:$PYTHONPATH}" "$@";
 
 # The folder of a synthetic model, ready-made or made now.
 synthetic() {
-  local folder=${FRSPEC_DEPS:-}/synthetic/$1
+  local folder=${FRSPEC_DEPS:-/nonexistent}/synthetic/$1
   if [ ! -e "$folder/config.json" ]; then
     folder=$build/synthetic/$1
     [ -e "$folder/config.json" ] ||
@@ -61,12 +61,14 @@ synthetic() {
   echo "$folder"
 }
 
-# model, drafter and ranking options of a shape's folder
-model_options() { echo --model "$1" --drafter "$1/drafter" --ranking "$1/ranking.safetensors"; }
+# PROGRAM FOLDER option...: runs a benchmark over a synthetic model.
+on_model() {
+  "$build/$1" --model "$2" --drafter "$2/drafter" --ranking "$2/ranking.safetensors" "${@:3}"
+}
 
 # cuBLAS is opened at run time; where Python packages have it, the loader must be told.
 add_cublas() {
-  ldconfig -p 2>/dev/null | grep -q "libcublas\.so\.13" && return
+  [[ $(ldconfig -p 2>/dev/null) != *libcublas.so.13* ]] || return
   local folder
   for folder in "$site"/nvidia/cu13/lib "${CUDA_HOME:-/usr/local/cuda}"/{lib64,lib} \
     "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/nvidia/c*/lib; do
@@ -126,8 +128,7 @@ piece_exactness() {
   for shape in llama-3.2-1b llama-3-8b qwen2-7b; do
     folder=$(synthetic $shape) || { status=1 && continue; }
     for temperature in 0 1; do
-      # shellcheck disable=SC2046
-      "$build/frspec-bench" $(model_options "$folder") --device cuda --vocab-sizes full 32768 \
+      on_model frspec-bench "$folder" --device cuda --vocab-sizes full 32768 \
         --plant-accept-length 3 3 --temperature $temperature --seed 1234 --prompt-tokens 300 \
         --new-tokens 96 --repeats 1 --warm-up 0 \
         --json "$out/pieces/exactness.$shape.T$temperature.json" || status=1
@@ -135,8 +136,7 @@ piece_exactness() {
   done
   # As it is, the random drafter is nearly always wrong.
   if folder=$(synthetic llama-3.2-1b); then
-    # shellcheck disable=SC2046
-    "$build/frspec-bench" $(model_options "$folder") --device cuda --temperature 1 \
+    on_model frspec-bench "$folder" --device cuda --temperature 1 \
       --prompt-tokens 300 --new-tokens 96 --repeats 1 --warm-up 0 \
       --json "$out/pieces/exactness.llama-3.2-1b.T1.unplanted.json" || status=1
   fi
@@ -157,13 +157,13 @@ piece_exactness() {
 piece_bench() {
   needs frspec-bench
   add_cublas
-  local status=0 each folder
-  # Accept lengths of FR-Spec's table 6, EAGLE-2 with the full vocabulary and with a part of it.
+  local status=0 each folder shape size full part
+  # The FR-Spec paper's accept lengths (tables 1 and 6) of EAGLE-2 with the full vocabulary and with
+  # a part of it.
   for each in "llama-3-8b 32768 3.89 3.63" "llama-3.2-1b 16384 2.81 2.60"; do
     read -r shape size full part <<<"$each"
     folder=$(synthetic "$shape") || { status=1 && continue; }
-    # shellcheck disable=SC2046
-    "$build/frspec-bench" $(model_options "$folder") --device cuda --vocab-sizes full "$size" \
+    on_model frspec-bench "$folder" --device cuda --vocab-sizes full "$size" \
       --plant-accept-length "$full" "$part" --prompt-tokens 512 --new-tokens 128 --repeats 5 \
       --json "$out/pieces/bench.$shape.json" || status=1
   done
@@ -176,9 +176,7 @@ piece_shapes() {
   local status=0 shape folder
   for shape in llama-3-8b llama-3.2-1b; do
     folder=$(synthetic $shape) || { status=1 && continue; }
-    # shellcheck disable=SC2046
-    "$build/bench_cuda" $(model_options "$folder") --json "$out/pieces/shapes.$shape.json" ||
-      status=1
+    on_model bench_cuda "$folder" --json "$out/pieces/shapes.$shape.json" || status=1
   done
   return $status
 }

@@ -168,6 +168,8 @@ def exactness_part(pieces: dict[str, Any]) -> list[str]:
             for run in result["runs"]
         ]  # fmt: skip
     head = ("random weights", "temperature", "draft head", "planted", "accept length", "text")
+    if not any(isinstance(result, str) for result in results.values()):
+        lines += ["Real weights were not given (`FRSPEC_MODELS`).", ""]
     return lines + (table(head, rows) if rows else [])
 
 
