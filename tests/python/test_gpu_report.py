@@ -135,7 +135,12 @@ def test_failures_and_missing_pieces_are_named(write_report) -> None:
 
 
 def test_results_cut_off_while_they_were_written(write_report) -> None:
-    cut = PIECES | {"bench.llama-3-8b.json": '{"runs": [{', "shapes.llama-3-8b.json": {}}
+    no_level = SHAPES | {"drafting": [], "linears": []}
+    cut = PIECES | {
+        "bench.llama-3-8b.json": '{"runs": [{',
+        "shapes.llama-3-8b.json": no_level,
+        "shapes.llama-3.2-1b.json": {},
+    }
     report, text = write_report(cut)
     assert "The results of `bench` are incomplete" in text
     assert "The results of `shapes` are incomplete" in text
