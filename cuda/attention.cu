@@ -200,10 +200,17 @@ __device__ __forceinline__ void attend_tile(WarpState<kDim>& state, T* queries, 
   }
 }
 
+// How many blocks registers have to leave room for on a multiprocessor. Shared memory (87 KiB a
+// block at 128, 46 KiB at 64) allows hardly more; left to itself, the compiler may spill for one
+// more.
+template <int kDim>
+constexpr int kAttendBlocks = kDim > 64 ? 2 : 4;
+
 // grid: (ranges or 1, K, blocks of kBlockQueries queries). Query i of a key/value head is head
 // i % group of row i / group.
 template <typename T, int kDim, bool kPrompt>
-__global__ void __launch_bounds__(kThreads) attend_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kAttendBlocks<kDim>)
+    attend_kernel(const AttentionParams p) {
   constexpr int kKeys = kTileKeys<kDim>;
   constexpr int kStages = kTileStages<kDim>;
   SmemCarver carver;

@@ -95,18 +95,20 @@ if(FRSPEC_WERROR)
   list(APPEND nvcc_flags --Werror all-warnings)
 endif()
 
-# Objects of the kernels, in `result`.
+# Objects of the kernels, in `result`. Beside each object, <name>.ptxas says what its kernels use.
 function(frspec_compile_kernels result)
   set(objects "")
   foreach(source IN LISTS ARGN)
     get_filename_component(name ${source} NAME_WE)
     set(object ${PROJECT_BINARY_DIR}/cuda/${name}.o)
+    set(resources ${PROJECT_BINARY_DIR}/cuda/${name}.ptxas)
+    set(script ${PROJECT_SOURCE_DIR}/cuda/compile_kernels.cmake)
     add_custom_command(
-      OUTPUT ${object}
+      OUTPUT ${object} ${resources}
       COMMAND ${CMAKE_COMMAND} -E make_directory ${PROJECT_BINARY_DIR}/cuda
-      COMMAND ${FRSPEC_NVCC} ${nvcc_flags} ${gencode} -MD -MF ${object}.d -MT ${object} -c ${source}
-              -o ${object}
-      DEPENDS ${source} DEPFILE ${object}.d
+      COMMAND ${CMAKE_COMMAND} -DRESOURCES=${resources} -P ${script} -- ${FRSPEC_NVCC}
+              ${nvcc_flags} ${gencode} -MD -MF ${object}.d -MT ${object} -c ${source} -o ${object}
+      DEPENDS ${source} ${script} DEPFILE ${object}.d
       COMMENT "Compiling kernels of ${name}.cu"
       COMMAND_EXPAND_LISTS VERBATIM)
     list(APPEND objects ${object})

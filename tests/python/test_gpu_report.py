@@ -1,0 +1,198 @@
+"""tools/gpu_report.sh: the report out of what pieces left, and a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def drafted(vocab_size: str, speed_up: float, verify: float, same: bool = True) -> dict:
+    spread = {"median": 1.0, "p10": 0.9, "p90": 1.1}
+    plain = {"tokens_per_s": 200.0, "round_ms": spread, "verify_ms": spread}
+    return {
+        "vocab_size": vocab_size,
+        "bandwidth_bytes_per_s": 3e12,
+        "step_bytes": 15e9,
+        "floor_ms": 5.0,
+        "plain": plain | {"share_of_floor": 0.93},
+        "drafted": {
+            "tokens_per_s": 200.0 * speed_up,
+            "speed_up": {"median": speed_up, "p10": speed_up - 0.1, "p90": speed_up + 0.1},
+            "accept_length": 3.7,
+            "round_ms": spread,
+            "draft_ms": spread,
+            "verify_ms": spread,
+            "verify_over_plain": verify,
+            "same_text": same,
+        },
+    }
+
+
+def bench(*runs: dict, temperature: float = 0) -> dict:
+    return {"prompt_tokens": 512, "temperature": temperature, "planted": True, "runs": list(runs)}
+
+
+def linears(us: float, free_us: float) -> list[dict]:
+    return [
+        {"op": op, "rows": rows, "us": us, "free_us": free_us, "cublas_us": 20.0, "share": 0.9}
+        for op in ("qkv", "o", "gate and up", "down", "head")
+        for rows in (1, 60)
+    ]
+
+
+SHAPES = {
+    "bandwidth_bytes_per_s": 3e12,
+    "linears": linears(us=10.3, free_us=10.0),
+    "drafting": [{"vocab_size": 32768, "us": 330.0, "floor_us": 250.0}],
+}
+PIECES: dict[str, object] = {
+    "machine.json": {"gpu": {"name": "NVIDIA Test"}, "commit": "abc", "date": "today", "cores": 16},
+    "build.json": {"status": "passed", "exit_code": 0, "seconds": 80},
+    "tests.json": {"status": "passed", "exit_code": 0, "seconds": 9},
+    "exactness.json": {"status": "failed", "exit_code": 1, "seconds": 40},
+    "exactness.llama-3-8b.T1.json": bench(drafted("full", 2, 1, same=False), temperature=1),
+    "exactness.smollm.txt": "vocabulary tree\n      full 6x10x60\n",
+    "bench.json": {"status": "passed", "exit_code": 0, "seconds": 50},
+    "bench.llama-3-8b.json": bench(drafted("full", 2.30, 1.05), drafted("32768", 2.65, 1.12)),
+    "shapes.json": {"status": "timed out", "exit_code": 124, "seconds": 60},
+    "shapes.llama-3-8b.json": SHAPES,
+    "sanitizer.json": {"status": "failed", "exit_code": 1, "seconds": 60},
+    "transformers.json": {"status": "passed", "exit_code": 0, "seconds": 60},
+    "transformers.llama-3-8b.json": {
+        "torch": "2", "transformers": "5", "eager": {"tokens_per_s": 50.0}
+    },
+}  # fmt: skip
+LOGS = {
+    "tests": "[doctest] test cases: 38 | 37 passed | 1 failed | 0 skipped\n",
+    "sanitizer.memcheck": "========= ERROR SUMMARY: 2 errors\n",
+}
+
+
+@pytest.fixture
+def write_report(tmp_path) -> Callable[[dict[str, object]], tuple[dict, str]]:
+    """Writes the report out of hand-written pieces: what is in report.json, and report.md."""
+
+    def write(pieces: dict[str, object]) -> tuple[dict, str]:
+        for folder in ("pieces", "logs"):
+            (tmp_path / folder).mkdir()
+        for name, content in pieces.items():
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / "pieces" / name).write_text(text)
+        for name, text in LOGS.items():
+            (tmp_path / "logs" / f"{name}.log").write_text(text)
+        tool = [sys.executable, str(TOOLS / "gpu_report.py"), "write", str(tmp_path)]
+        done = subprocess.run(tool, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "report.json").read_text())
+        return report, (tmp_path / "report.md").read_text()
+
+    return write
+
+
+def test_targets_stand_beside_what_was_measured(write_report) -> None:
+    report, text = write_report(PIECES)
+    measured = {row["target"]: (row["measured"], row["met"]) for row in report["targets"]}
+    share = "plain decoding, share of the copy bandwidth"
+    verification = "verification of 60 nodes over one token"
+    assert measured[f"Llama-3-8B: {share}"] == (0.93, True)
+    assert measured[f"Llama-3.2-1B: {share}"] == (None, None)
+    assert measured[f"Llama-3-8B: {verification}"] == (1.12, False)  # of the worst run
+    assert measured["Llama-3-8B: FR-Spec over plain decoding"] == (2.65, True)
+    assert measured["Llama-3-8B: FR-Spec over EAGLE-2"] == (pytest.approx(2.65 / 2.30), True)
+    assert measured["Llama-3-8B: a draft level over 32,768 tokens, over its byte floor"] == (
+        pytest.approx(1.32), False,
+    )  # fmt: skip
+    cost = measured["Llama-3-8B: cost of invariance, products of a step, 60 rows"]
+    assert cost == (pytest.approx(0.03), True)
+    assert f"| Llama-3-8B: {share} | >= 92.0 % | 93.0 % | met |" in text
+    assert f"| Llama-3.2-1B: {share} | >= 80.0 % | not measured |  |" in text
+    assert f"| Llama-3-8B: {verification} | <= 1.100x | 1.120x | **missed** |" in text
+
+
+def test_failures_and_missing_pieces_are_named(write_report) -> None:
+    report, text = write_report(PIECES)
+    assert text.startswith("# GPU report: NVIDIA Test\n")
+    assert "| tests | passed | 9 | 37 of 38 tests passed |" in text
+    assert "| exactness | **failed** | 40 |" in text
+    assert "| shapes | **timed out** | 60 |" in text
+    assert "| sanitizer | **failed** | 60 | memcheck: ERROR SUMMARY: 2 errors |" in text
+    assert "| resources | not run |" in text
+    assert "| llama-3-8b | 1 | full | yes | 3.70 | **different** |" in text
+    assert "full 6x10x60" in text  # of real weights
+    assert "accept lengths are planted" in text
+    assert "| static cache, eager (torch 2, 5) | 50.0 | 200.0 | 4.00x |" in text
+    assert "compiled (torch 2, 5) | not measured |" in text
+    assert set(report["pieces"]["sanitizer"]["results"]) == {"memcheck"}
+
+
+def test_results_cut_off_while_they_were_written(write_report) -> None:
+    no_level = SHAPES | {"drafting": [], "linears": []}
+    cut = PIECES | {
+        "bench.llama-3-8b.json": '{"runs": [{',
+        "shapes.llama-3-8b.json": no_level,
+        "shapes.llama-3.2-1b.json": {},
+    }
+    report, text = write_report(cut)
+    assert "The results of `bench` are incomplete" in text
+    assert "The results of `shapes` are incomplete" in text
+    assert all(row["measured"] is None for row in report["targets"])
+
+
+def gpu_report(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(TOOLS / "gpu_report.sh"), *map(str, args)],
+        capture_output=True, text=True, timeout=120, env=os.environ | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
+def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path) -> None:
+    done = gpu_report(tmp_path / "out", "tests", "bench", FRSPEC_BUILD=str(tmp_path / "build"))
+    assert done.returncode == 0, done.stderr
+    assert "tests: skipped: no GPU" in done.stdout
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# GPU report: no GPU\n")
+    assert "nothing ran on a device" in text
+    assert "| tests | skipped |" in text
+    assert "| shapes | not run |" in text
+
+
+@pytest.mark.parametrize(("args", "named"), [(["out", "benches"], "'benches'"), ([], "a folder")])
+def test_a_wrong_command_line_is_refused(tmp_path, args, named) -> None:
+    done = gpu_report(*args)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_report: error: expected ")
+    assert named in done.stderr
+
+
+def test_a_failing_piece_is_reported_and_the_next_one_runs(tmp_path) -> None:
+    """A GPU that only nvidia-smi sees, and tests that fail."""
+    programs, build = tmp_path / "bin", tmp_path / "build"
+    for path, script in (
+        (programs / "nvidia-smi", 'echo "GPU 0: Pretend"'),
+        (build / "cuda_tests", "echo '[doctest] test cases: 3 | 2 passed | 1 failed'; exit 1"),
+    ):
+        path.parent.mkdir()
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    done = gpu_report(
+        tmp_path / "out", "tests", "bench",
+        FRSPEC_BUILD=str(build), PATH=f"{programs}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "tests: failed" in done.stdout
+    assert "bench: skipped: frspec-bench is not built" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pieces"]["tests"]["status"] == "failed"
+    assert report["pieces"]["tests"]["results"]["cuda_tests"] == {
+        "run": 3, "passed": 2, "failed": 1
+    }  # fmt: skip
