@@ -35,6 +35,10 @@ class Setup:
     tree: Tree | None
     request: Mapping[str, Any]
 
+    def on(self, **machine: Any) -> Setup:
+        """The same with another device or number of threads."""
+        return dataclasses.replace(self, machine=dict(self.machine) | machine)
+
     def generator_options(self, configuration: Configuration) -> dict[str, Any]:
         """The arguments of Generator and plan_engine; plain decoding has no drafter in memory."""
         options = {"model": self.model, "tree": self.tree, **self.machine}

@@ -13,7 +13,7 @@ from .report import write_whole
 from .statistics import Run
 
 # Colours that stay apart for the colour-blind (Okabe and Ito); plain decoding is grey.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D1F")
 _GREY = "#999999"
 _PARTS = {"draft_s": "drafting", "verify_s": "verification", "rest_s": "rest"}
 
@@ -85,11 +85,12 @@ def _draw_speed_up(pyplot, run: Run):
         bars = axes.bar(places, heights, width * 0.94, color=colour, label=method.label)
         texts = ["" if value is None else f"{value:.2f}" for value in values]
         axes.bar_label(bars, texts, fontsize=7.5, padding=2, rotation=90)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_xticks(range(len(labels)), labels)
     axes.margins(x=0.01, y=0.16)
-    axes.set_ylabel("speed-up over plain decoding")
-    axes.set_title("Speed-up (numbers: times plain decoding's tokens/s)", loc="left")
+    axes.set_ylabel("tokens/s over plain decoding's")
+    axes.set_title("Speed-up over plain decoding", loc="left")
     _legend(figure, axes, len(methods))
     return figure
 
@@ -104,12 +105,13 @@ def _accept_lines(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
         full_size = run.header.get("vocab_size") or 0
         for method in [method for method in run.methods if method.method != PLAIN]:
             size = method.vocab_size or full_size
-            drafter = Configuration(method.method).label
+            drafters = {m.method for m in run.methods if m.method != PLAIN}
+            drafter = f"{Configuration(method.method).label}, " if len(drafters) > 1 else ""
             values = {"average": run.average(run.accept_length, method)}
             if len(runs) == 1:
                 values |= {t.label: run.accept_length(method, t.name) for t in run.tasks}
             for name, value in values.items():
-                line = f"{drafter}, {name if len(runs) == 1 else run.name}"
+                line = f"{drafter}{name if len(runs) == 1 else run.name}"
                 if value is not None:
                     lines.setdefault(line, []).append((size, value))
     return {line: sorted(points) for line, points in lines.items()}
@@ -120,7 +122,7 @@ def _draw_accept_length(pyplot, lines: Mapping[str, list[tuple[int, float]]], ru
     thin = 0
     for line, points in lines.items():
         sizes, values = zip(*points, strict=True)
-        if line.endswith(", average"):
+        if line.endswith("average"):
             axes.plot(sizes, values, "o-", color="black", linewidth=2.4, label=line, zorder=3)
         else:
             style = "os^Dv<>p"[thin % 8] + ("-" if thin < len(_COLOURS) else "--")
@@ -151,7 +153,7 @@ def _legend(figure, axes, columns: int) -> None:
     axes.legend(
         frameon=False,
         fontsize=9,
-        ncols=min(columns, 4),
+        ncols=min(columns, 5),
         loc="upper center",
         bbox_to_anchor=(0.5, -0.42 / figure.get_figheight() * 1.5),
     )

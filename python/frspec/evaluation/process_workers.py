@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -74,11 +73,11 @@ def divide(setup: Setup, count: int) -> list[Setup]:
     """The setup of each of `count` workers on this machine: its share of threads, or its GPU."""
     gpus = _gpu_count(setup, count) if setup.machine["device"] in ("cuda", "auto") else 0
     if gpus:
-        return [_with(setup, device=f"cuda:{number % gpus}") for number in range(count)]
+        return [setup.on(device=f"cuda:{number % gpus}") for number in range(count)]
     if setup.machine["threads"] is not None:
         return [setup] * count
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [_with(setup, threads=max(1, (usable or 1) // count))] * count
+    return [setup.on(threads=max(1, (usable or 1) // count))] * count
 
 
 def _gpu_count(setup: Setup, most: int) -> int:
@@ -89,10 +88,6 @@ def _gpu_count(setup: Setup, most: int) -> int:
         except DeviceError:
             return number
     return most
-
-
-def _with(setup: Setup, **changes: object) -> Setup:
-    return dataclasses.replace(setup, machine=dict(setup.machine) | changes)
 
 
 def _serve(connection, setup: Setup) -> None:

@@ -1,21 +1,20 @@
-"""Workers of a Ray cluster: one generator per GPU, or one per node's CPUs."""
+"""Workers of a Ray cluster: one per GPU, or, where there is none, one per machine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ..errors import EvaluationError, FrspecError
 from .generate import Job, Setup, Worker
-from .process_workers import divide
 from .schedule import Reply
 
 
 class RayWorkers:
-    """An actor for each GPU of the cluster, or, where there is none, `cpu_workers` of them on CPUs.
+    """An actor for each GPU of the cluster. Without a GPU: `cpu_workers` actors that share the
+    CPUs, by default one a machine.
 
     RAY_ADDRESS names a cluster; without it Ray starts on this machine. Model, drafter and ranking
     must be at the same paths (or hub ids) everywhere.
@@ -25,27 +24,32 @@ class RayWorkers:
         self._ray = ray = _import_ray()
         self._started = not ray.is_initialized()
         if self._started:
-            try:
-                ray.init(
-                    address=os.environ.get("RAY_ADDRESS"),
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
-            except Exception as error:  # Ray raises its own types, ValueError and ConnectionError
-                raise EvaluationError(f"Ray cannot start: {error}") from None
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if setup.machine["device"] != "cpu" else 0
-        if gpus:
-            # Ray lets each actor see its own GPU only.
-            own = dataclasses.replace(setup, machine=dict(setup.machine) | {"device": "cuda"})
-            setups, options = [own] * gpus, {"num_gpus": 1, "num_cpus": 1}
-        else:
-            count = cpu_workers or max(1, int(resources.get("CPU", 1)))
-            setups, options = divide(setup, count), {"num_cpus": 1}
-        actor = ray.remote(max_restarts=0, **options)(_Actor)
-        self._actors = {number: actor.remote(own) for number, own in enumerate(setups)}
+            _start(ray)
+        self._actors: dict[int, Any] = {}
         self._running: dict[Any, int] = {}  # object reference to worker
+        try:
+            self._make_actors(setup, cpu_workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_actors(self, setup: Setup, cpu_workers: int | None) -> None:
+        ray = self._ray
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+        if gpus and setup.machine["device"] != "cpu":
+            # Ray lets each actor see its own GPU only.
+            setups, options = [setup.on(device="cuda")] * gpus, {"num_gpus": 1}
+        else:
+            cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+            count = cpu_workers or len(nodes)
+            if count > cpus:
+                raise EvaluationError(f"--workers ray:{count}: the cluster has {cpus} CPUs")
+            threads = setup.machine["threads"] or cpus // count
+            setups, options = [setup.on(threads=threads)] * count, {}
+        options |= {"num_cpus": 1, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(**options)(_Actor)
+        self._actors = {number: actor.remote(own) for number, own in enumerate(setups)}
 
     def alive(self) -> Sequence[Hashable]:
         return list(self._actors)
@@ -85,6 +89,19 @@ class _Actor:
             return self._worker.run(job), None
         except FrspecError as error:
             return None, error
+
+
+def _start(ray) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to its makers otherwise
+    try:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except Exception as error:  # Ray raises its own types, ValueError and ConnectionError
+        raise EvaluationError(f"Ray cannot start: {' '.join(str(error).split())}") from None
 
 
 def _import_ray():

@@ -47,7 +47,8 @@ def _run_parts(run: Run, passes: Mapping[str, float], level: str) -> list[str]:
         "Mean number of tokens of a round; in brackets, of the full vocabulary's.",
         task_table(run, accept_length_cell(run), lambda m: _average_length(run, m)),
         f"{level} Tokens/s",
-        "Mean over questions of tokens over seconds, the prompt's among them.",
+        "Mean over questions of tokens over seconds, those of the prompt among them (but what the"
+        " KV cache held of a prompt is not computed again).",
         task_table(
             run,
             lambda m, task: _number(run.tokens_per_s(m, task), 1),
@@ -64,6 +65,8 @@ def _run_parts(run: Run, passes: Mapping[str, float], level: str) -> list[str]:
                 lambda m: _times(run.average(run.speed_up, m)),
             ),
         ]
+    if len(run.tasks) > 1 and any(task.name == "gsm8k" for task in run.tasks):
+        parts.append("The averages of all tables are over the paper's seven tasks, without GSM8K.")
     parts += [f"{level} Decoding alone", _decoding_note(run), decoding_table(run)]
     if {task.name for task in run.tasks} & {"code", "gsm8k"}:
         parts += [f"{level} Correctness", *_correctness(run, passes)]

@@ -98,8 +98,12 @@ class Run:
         return own / plain if own and plain else None
 
     def average(self, value: Callable[..., float | None], method: Configuration, *args: Any):
-        """The mean of a statistic over the tasks that have it; None where none has."""
-        values = [value(method, task.name, *args) for task in self.tasks]
+        """The mean of a statistic over the tasks that have it; None where none has.
+
+        GSM8K is not among the paper's seven tasks: it counts only where nothing else was run.
+        """
+        tasks = [task for task in self.tasks if task.name != "gsm8k"] or self.tasks
+        values = [value(method, task.name, *args) for task in tasks]
         return _mean(each for each in values if each is not None)
 
     def identity(self, method: Configuration) -> Identity:
