@@ -297,6 +297,9 @@ def test_a_spec_bench_file_with_missing_fields(files, tmp_path, record, expect) 
     [
         (["--tasks", "poems"], "unknown task 'poems': expected mt, conv"),
         (["--methods", "lookahead"], "unknown method 'lookahead': expected plain, eagle2"),
+        (["--drafter", "medusa=somewhere"], "unknown method 'medusa'"),
+        (["--temperature", -1], "temperature"),
+        (["--max-new-tokens", 0], "--max-new-tokens: expected at least 1, found 0"),
         (["--limit", 0], "--limit: expected at least 1, found 0"),
         (["--workers", "many"], "--workers: expected a number, ray or ray:N, found 'many'"),
         (["--spec-bench", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -310,6 +313,39 @@ def test_bad_arguments(files, tmp_path, arguments, expect) -> None:
     names = {"{spec_bench}": files.spec_bench, "{gsm8k}": files.gsm8k}
     arguments = [names.get(argument, argument) for argument in arguments]
     assert expect in error_line(run_frspec(*files.arguments(tmp_path, "mt"), *arguments))
+
+
+def test_a_model_without_a_chat_template(files, tmp_path) -> None:
+    import shutil
+
+    model = shutil.copytree(files.model, tmp_path / "model")
+    (model / "tokenizer_config.json").unlink()
+    command = files.arguments(tmp_path / "out", "mt")
+    assert "no chat template" in error_line(run_frspec(*command, "--model", model))
+    command = files.arguments(tmp_path / "out", "gsm8k")  # takes none
+    assert run_frspec(*command, "--model", model).returncode == 0
+
+
+def test_without_plain_decoding(files, tmp_path) -> None:
+    done = run_frspec(*files.arguments(tmp_path, "mt"), "--methods", "eagle2")
+    assert done.returncode == 0, done.stderr
+    assert {r["method"] for r in records(tmp_path)} == {"eagle2", "eagle2-128"}
+    assert {r["same_as_plain"] for r in records(tmp_path)} == {None}
+    assert "Plain decoding was not run" in done.stdout
+    assert "| not compared |" in done.stdout
+    assert "## Speed-up" not in done.stdout
+
+
+def test_workers_in_processes(finished, files, tmp_path) -> None:
+    out, _ = finished
+    done = run_frspec(*files.arguments(tmp_path, "mt", "conv"), "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert timeless(records(tmp_path)) == timeless(records(out))
+    # All methods of a question in one process, so that their times can be compared.
+    by_question: dict[str, set[str]] = {}
+    for record in records(tmp_path):
+        by_question.setdefault(record["question_id"], set()).add(record["worker"])
+    assert all(len(workers) == 1 for workers in by_question.values())
 
 
 def test_model_and_out_are_needed(files) -> None:

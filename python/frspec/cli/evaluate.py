@@ -15,7 +15,7 @@ from ..evaluation import humaneval, plots, report
 from ..evaluation.generate import Setup
 from ..evaluation.methods import LABELS, PLAIN, Configuration, configurations
 from ..evaluation.results import FILE_NAME, ResultsFile, read_results
-from ..evaluation.run import generate, make_header, plan_methods, say
+from ..evaluation.run import check_template, generate, make_header, plan_methods, say
 from ..evaluation.sandbox import check_isolation
 from ..evaluation.statistics import Run
 from ..evaluation.tasks import TASKS, load_questions, parse_tasks
@@ -152,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
     for option in ("model", "out"):
         if getattr(args, option) is None:
             raise RequestError(f"--{option} is needed (or --report-only DIR)")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise RequestError(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
     # Before hours of work: what is missing at its end.
     if not args.no_plots:
         plots.import_pyplot()
@@ -162,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
     files = {"spec_bench": args.spec_bench, "human_eval": args.human_eval, "gsm8k": args.gsm8k}
     files = {name: source for name, source in files.items() if source}
     questions = load_questions(tasks, files, args.limit)
+    check_template(setup, questions)
     plan = plan_methods(setup, methods, args.workers)
     header = make_header(setup, methods, plan, version())
     with ResultsFile(args.out / FILE_NAME, header) as results:
@@ -176,7 +179,8 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
     drafters = {}
     for text in args.drafter:
         method, equals, folder = text.partition("=")
-        drafters |= {method: folder} if equals and method in LABELS else {"eagle2": text}
+        named = equals and not Path(text).exists()
+        drafters |= {method: folder} if named else {"eagle2": text}
     wanted = args.methods or [PLAIN, *drafters]
     sizes = args.vocab_sizes
     if sizes is None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Worker:
         request["max_new_tokens"] = (
             request.get("max_new_tokens") or TASKS[question.task].max_new_tokens
         )
-        messages = [] if question.system is None else [_message("system", question.system)]
+        messages = chat_messages(question)
         records = []
         for turn, text in enumerate(question.turns, 1):
             messages.append(_message("user", text))
@@ -109,9 +109,11 @@ class Worker:
                     raise
                 self._loaded.clear()
                 generator = Generator(**options)
-            # The first passes touch memory and code for the first time: not what is measured.
+            # The first passes touch memory and code for the first time: not what is measured. And a
+            # sampling parameter that is refused is so here, not question by question.
+            warm_up = {"max_new_tokens": _WARM_UP_TOKENS, "ignore_eos": True}
             generator.generate(
-                [1], max_new_tokens=_WARM_UP_TOKENS, method=configuration.method, ignore_eos=True
+                [1], method=configuration.method, **dict(self._setup.request) | warm_up
             )
             self._loaded[configuration] = generator
         return self._loaded[configuration]
@@ -136,6 +138,12 @@ def measure(result: Result) -> Record:
         "text": result.text,
         "device": result.device,
     }
+
+
+def chat_messages(question: Question, turns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """The conversation before the first answer: the system message, and the turns given."""
+    system = [] if question.system is None else [_message("system", question.system)]
+    return system + [_message("user", turn) for turn in turns]
 
 
 def mark_identity(records: list[Record], plain_ids: Mapping[int, str]) -> list[Record]:

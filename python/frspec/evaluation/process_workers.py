@@ -72,8 +72,10 @@ class ProcessWorkers:
 def divide(setup: Setup, count: int) -> list[Setup]:
     """The setup of each of `count` workers on this machine: its share of threads, or its GPU."""
     gpus = _gpu_count(setup, count) if setup.machine["device"] in ("cuda", "auto") else 0
+    if 0 < gpus < count:
+        raise EvaluationError(f"--workers {count}: found {gpus} GPUs, expected one for each")
     if gpus:
-        return [setup.on(device=f"cuda:{number % gpus}") for number in range(count)]
+        return [setup.on(device=f"cuda:{number}") for number in range(count)]
     if setup.machine["threads"] is not None:
         return [setup] * count
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

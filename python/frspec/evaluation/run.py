@@ -21,8 +21,9 @@ from rich.progress import (
 from .. import _core, hub
 from ..errors import RequestError
 from ..generator import default_tree, plan_engine
+from ..tokenizer import Tokenizer
 from .fingerprint import file_fingerprint, folder_fingerprint
-from .generate import Job, Setup, mark_identity
+from .generate import Job, Setup, chat_messages, mark_identity
 from .methods import Configuration
 from .process_workers import ProcessWorkers
 from .results import Record, ResultsFile
@@ -53,6 +54,13 @@ def plan_methods(setup: Setup, methods: Iterable[Configuration], workers: str = 
     if setup.machine["memory_limit"] is not None:
         available = min(available, setup.machine["memory_limit"])
     return Plan(engine.device, engine.max_context, engine.vocab_size, total <= available)
+
+
+def check_template(setup: Setup, questions: Sequence[Question]) -> None:
+    """RequestError when the model's chat template is missing or refuses the questions' messages."""
+    asked = next((question for question in questions if not question.raw), None)
+    if asked is not None:
+        Tokenizer.load(hub.resolve(setup.model)).chat(chat_messages(asked, asked.turns[:1]))
 
 
 def make_header(
