@@ -173,6 +173,10 @@ PROMPT = 'def double(x):\n    """ Twice x. """\n'
         "Here it is:\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.",
         "```\n    return 2 * x\n```",
         "```python\nimport math\n\ndef double(x):\n  return 2 * x",
+        "def double(x):\n    return 2 * x\n```\n\nThis function doubles. It's short.",
+        "return 2 * x\n```\nThis doubles it.",
+        "Sure, here's the body:\n```python\nreturn 2 * x\n```\nDone!",
+        "Sure, here's the body:\n```\nreturn 2 * x",
         "Usage:\n```\ndouble(2)\n```\nCode:\n```python\ndef double(x):\n    return 2 * x\n```",
     ],
 )

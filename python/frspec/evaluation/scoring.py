@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 from .prompts import ANSWER_TRIGGER
 
 _REFERENCE = re.compile(r"#### (-?[0-9.,]+)")
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-_FENCE = re.compile(r"```[ \t]*[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-_TOP_LEVEL = re.compile(r"(?:def|class|import|from|async)\b|@|#")
+_FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
 
 
 def gsm8k_reference(answer: str) -> str | None:
@@ -32,27 +32,37 @@ def gsm8k_answer(text: str) -> str | None:
 def human_eval_completion(entry_point: str, text: str) -> str:
     """What is to stand behind a HumanEval prompt so that together they are a program.
 
-    A chat model answers with the whole function or with its body, in a code block or without one.
-    A whole function defines the name once more; a body is indented as it has to be.
+    A chat model answers with the whole function or with its body, in a code block or without one,
+    or with a block of which it wrote one end only. A whole function defines the name once more; a
+    body is indented as it has to be.
     """
-    blocks = _FENCE.findall(text)
-    code = next((block for block in blocks if f"def {entry_point}" in block), None)
-    if code is None:
-        code = blocks[0] if blocks else text
-    code = code.strip("\n").rstrip()
-    if re.search(rf"^(?:async )?def {re.escape(entry_point)}\b", code, re.MULTILINE):
-        return "\n" + code + "\n"
-    return _as_body(code) + "\n"
+    pieces = _FENCE.split(text)
+    pieces = [*pieces[1::2], *pieces[0::2]]  # what stands in blocks first
+    definition = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
+    whole = [piece for piece in pieces if definition.search(piece)]
+    completions = [
+        each + "\n"
+        for piece in whole or pieces
+        for each in (["\n" + piece] if whole else _bodies(piece.strip("\n").rstrip()))
+    ]
+    return next((each for each in completions if _is_code(each)), completions[0])
 
 
-def _as_body(code: str) -> str:
-    """Code as the body of a function of four spaces."""
-    first, *rest = code.split("\n")
-    if not first or first[0].isspace() or _TOP_LEVEL.match(first):
-        return code
-    indents = [len(line) - len(line.lstrip(" ")) for line in rest if line.strip()]
-    # An answer that lost the blanks before its first line has its other lines in their place.
-    opens_block = first.rstrip().endswith(":")
-    if indents and min(indents) >= 4 and (not opens_block or indents[0] >= 8):
-        return "\n".join(["    " + first, *rest])
-    return "\n".join("    " + line if line.strip() else line for line in [first, *rest])
+def _bodies(code: str) -> list[str]:
+    """Code as the body of a function: as it is, with the blanks that a model left away before the
+    first line, and moved to the right."""
+    moved = "\n".join("    " + line if line.strip() else line for line in code.split("\n"))
+    return [code, "    " + code, moved]
+
+
+def _is_code(completion: str) -> bool:
+    """Whether a completion that is not empty is Python behind the head of a function."""
+    if not completion.strip():
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as those about escapes in its strings
+            compile("def head():\n    0\n" + completion, "completion", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
