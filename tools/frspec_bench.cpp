@@ -6,6 +6,7 @@
 // time.
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <fstream>
@@ -32,6 +33,7 @@ struct Options {
   std::vector<std::string> vocab_sizes{"full"};
   std::vector<int> tree;
   std::string token_ids;
+  std::vector<int32_t> prompt;  // of that file
   int64_t prompt_tokens = 512;
   int64_t new_tokens = 128;
   int repeats = 3;
@@ -67,20 +69,32 @@ json quantiles(const std::vector<double>& values) {
           {"p90", quantile(values, 0.9)}};
 }
 
-std::vector<int32_t> read_prompt(const Options& options, int64_t vocab) {
+std::vector<int32_t> read_prompt(const std::string& path) {
   std::vector<int32_t> prompt;
-  if (!options.token_ids.empty()) {
-    std::ifstream file(options.token_ids);
-    FRSPEC_CHECK(file, RequestError, options.token_ids, ": cannot be read");
-    for (int32_t token; file >> token;) prompt.push_back(token);
-    FRSPEC_CHECK(file.eof() && !prompt.empty(), RequestError, options.token_ids,
-                 ": expected token ids, separated by white space");
-    return prompt;
-  }
-  for (int64_t i = 0; i < options.prompt_tokens; ++i) {
+  std::ifstream file(path);
+  FRSPEC_CHECK(file, RequestError, path, ": cannot be read");
+  for (int32_t token; file >> token;) prompt.push_back(token);
+  FRSPEC_CHECK(file.eof() && !prompt.empty(), RequestError, path,
+               ": expected token ids, separated by white space");
+  return prompt;
+}
+
+std::vector<int32_t> make_up_prompt(int64_t length, int64_t vocab) {
+  std::vector<int32_t> prompt;
+  for (int64_t i = 0; i < length; ++i) {
     prompt.push_back(static_cast<int32_t>((i * 7919 + 101) % vocab));
   }
   return prompt;
+}
+
+int64_t parse_vocab_size(const std::string& text) {  // 0: the full vocabulary
+  if (text == "full") return 0;
+  int64_t size = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, size);
+  FRSPEC_CHECK(error == std::errc() && stop == end && size > 0, RequestError,
+               "--vocab-sizes: expected a number or full, found '", text, "'");
+  return size;
 }
 
 // Generates once; adds to `samples` unless it is null. Returns the tokens.
@@ -138,14 +152,16 @@ json measure(const Options& options, size_t number, bool first) {
   EngineOptions engine_options = options.engine;
   const bool drafts = !options.drafter.empty();
   const std::string size = options.vocab_sizes[number];
-  if (drafts && size != "full") engine_options.vocab_size = std::stoll(size);
+  if (drafts) engine_options.vocab_size = parse_vocab_size(size);
   engine_options.plant = !options.accept_lengths.empty();
   Engine engine(engine_options);
   const Clock::time_point load_start = Clock::now();
   engine.load();
   const double load_seconds = std::chrono::duration<double>(Clock::now() - load_start).count();
 
-  const std::vector<int32_t> prompt = read_prompt(options, engine.config().vocab_size);
+  const std::vector<int32_t> prompt =
+      options.prompt.empty() ? make_up_prompt(options.prompt_tokens, engine.config().vocab_size)
+                             : options.prompt;
   Request plain;
   plain.sampling.temperature = options.temperature;
   plain.sampling.seed = options.seed;
@@ -219,6 +235,10 @@ int run(Options options) {
   if (!options.drafter.empty()) options.engine.drafter = options.drafter;
   if (!options.ranking.empty()) options.engine.ranking = options.ranking;
   if (!options.dtype.empty()) options.engine.dtype = options.dtype;
+  if (!options.token_ids.empty()) {
+    options.prompt = read_prompt(options.token_ids);
+    options.prompt_tokens = static_cast<int64_t>(options.prompt.size());
+  }
   if (options.engine.max_context == 0) {
     const int64_t tokens = options.prompt_tokens + options.new_tokens + 64;
     options.engine.max_context = (tokens + 127) / 128 * 128;

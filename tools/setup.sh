@@ -85,6 +85,7 @@ missing_packages() {
   [ "$purpose" != run ] || return 0
   has_header doctest/doctest.h || echo doctest-dev
   has_header simde/x86/avx512.h || echo libsimde-dev
+  has_header CLI/CLI.hpp || echo libcli11-dev
 }
 
 mapfile -t missing < <(missing_packages)

@@ -10,7 +10,7 @@ export PATH="$venv/bin:$PATH"
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 
 cmake -S . -B build/tests -G Ninja -DCMAKE_BUILD_TYPE=Release -DFRSPEC_BUILD_TESTS=ON \
-  -DFRSPEC_BUILD_PYTHON=OFF -DFRSPEC_CUDA=OFF
+  -DFRSPEC_BUILD_TOOLS=ON -DFRSPEC_BUILD_PYTHON=OFF -DFRSPEC_CUDA=OFF
 cmake --build build/tests
 
 # Both run, so that one failure does not hide another.

@@ -96,13 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
-        metavar="|".join(SHAPES) + "|FILE",
-        help="a known shape, or a config.json",
+        metavar="SHAPE|FILE",
+        help=f"{', '.join(SHAPES)}, or a config.json",
     )
     parser.add_argument(
         "--seed", type=int, default=1, metavar="S", help="of the weights (default: %(default)s)"
     )
-    parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,7 +111,8 @@ def run(args: argparse.Namespace) -> int:
     config = _read_config(args.config) | {"frspec_synthetic_seed": args.seed}
     config.pop("quantization_config", None)
     out = Path(args.out).expanduser()
-    check_destination(out, [], force=False)
+    sources = [] if args.config in SHAPES else [Path(args.config).expanduser()]
+    check_destination(out, sources, force=args.force)
     with staged_folder(out, 1 << 20) as stage:
         _write_json(stage / "config.json", config)
         (stage / "drafter").mkdir()
