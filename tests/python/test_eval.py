@@ -424,6 +424,11 @@ def test_several_runs_are_compared(finished, files, tmp_path) -> None:
     for folder in (out, other):
         assert f"| {folder} | EAGLE-2 + FR 128 |" in report
         assert f"## {folder}" in report
+    (other / "report.md").unlink()
+    assert (
+        run_frspec("eval", "--report-only", other / "results.jsonl", "--no-plots").returncode == 0
+    )
+    assert (other / "report.md").is_file()
     missing = run_frspec("eval", "--report-only", tmp_path / "nothing")
     assert "no such results file" in error_line(missing)
 

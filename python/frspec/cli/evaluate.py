@@ -148,7 +148,8 @@ def _add_task_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
     if args.report_only:
-        return _report(args.report_only, args.out or args.report_only[0], args)
+        folders = [path.parent if path.is_file() else path for path in args.report_only]
+        return _report(folders, args.out or folders[0], args)
     for option in ("model", "out"):
         if getattr(args, option) is None:
             raise RequestError(f"--{option} is needed (or --report-only DIR)")
@@ -211,7 +212,6 @@ def _report(folders: list[Path], out: Path, args: argparse.Namespace) -> int:
     runs, passes = [], {}
     for folder in folders:
         header, records = read_results(folder)
-        folder = folder if folder.is_dir() else folder.parent
         name = os.fspath(folder)
         run = Run(name, header, records)
         if args.run_generated_code:
