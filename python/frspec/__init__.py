@@ -3,6 +3,7 @@
 from .errors import (
     ConversionError,
     DeviceError,
+    EvaluationError,
     FrspecError,
     HubError,
     MemoryPlanError,
@@ -15,6 +16,7 @@ from .generator import Generator, Result, TextStream, Timings, Tree
 __all__ = [
     "ConversionError",
     "DeviceError",
+    "EvaluationError",
     "FrspecError",
     "Generator",
     "HubError",

@@ -24,6 +24,10 @@ class HubError(FrspecError):
     """A model named by its hub id cannot be fetched."""
 
 
+class EvaluationError(FrspecError):
+    """An evaluation cannot go on: data file, results file, workers, disk, or a missing extra."""
+
+
 class RequestError(FrspecError, ValueError):
     """A request cannot be served: prompt, token ids, sampling values or options."""
 

@@ -57,7 +57,7 @@ def _fetch(hub_id: str, files: Files) -> Path:
     try:
         validate_repo_id(hub_id)
     except HFValidationError as error:
-        raise HubError(f"{hub_id}: not a folder, and not a valid hub id: {_cause(error)}") from None
+        raise HubError(f"{hub_id}: not a folder, and not a valid hub id: {cause(error)}") from None
 
     options = {"allow_patterns": _PATTERNS[files], "ignore_patterns": _IGNORED}
     try:
@@ -88,7 +88,7 @@ def _explain(hub_id: str, error: Exception) -> str:
         )
     return (
         f"{hub_id}: no such folder, not in the Hugging Face cache,"
-        f" and cannot be fetched from {endpoint}: {_cause(error)}"
+        f" and cannot be fetched from {endpoint}: {cause(error)}"
     )
 
 
@@ -98,7 +98,7 @@ def _endpoint() -> str:
     return constants.ENDPOINT
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """The first line of an error, with its type when the text alone says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

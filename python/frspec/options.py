@@ -88,7 +88,7 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
-    """--method, --max-new-tokens, --temperature, --top-k, --top-p, --min-p, --seed, --stop"""
+    """--method, --max-new-tokens, and what add_sampling_options adds"""
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--method",
@@ -98,6 +98,11 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s"
     )
+    add_sampling_options(group)
+
+
+def add_sampling_options(group: argparse._ArgumentGroup) -> None:
+    """--temperature, --top-k, --top-p, --min-p, --seed, --stop"""
     group.add_argument(
         "--temperature",
         type=float,
@@ -159,7 +164,13 @@ def draft_tree(args: argparse.Namespace) -> Tree | None:
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of Generator.generate and Generator.stream beside the prompt."""
-    names = ("method", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    names = ("method", "max_new_tokens")
+    return {name: getattr(args, name) for name in names} | sampling_options(args)
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What add_sampling_options has added, as arguments of Generator.generate."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
     return {name: getattr(args, name) for name in names}
 
 
