@@ -200,17 +200,14 @@ __device__ __forceinline__ void attend_tile(WarpState<kDim>& state, T* queries, 
   }
 }
 
-// How many blocks registers have to leave room for on a multiprocessor. Shared memory (87 KiB a
-// block at 128, 46 KiB at 64) allows hardly more; left to itself, the compiler may spill for one
-// more.
-template <int kDim>
-constexpr int kAttendBlocks = kDim > 64 ? 2 : 4;
+// Blocks that registers have to leave room for on a multiprocessor. Shared memory allows no more;
+// left to itself, the compiler may spill for one more.
+constexpr int kAttendBlocks = 2;
 
 // grid: (ranges or 1, K, blocks of kBlockQueries queries). Query i of a key/value head is head
 // i % group of row i / group.
 template <typename T, int kDim, bool kPrompt>
-__global__ void __launch_bounds__(kThreads, kAttendBlocks<kDim>)
-    attend_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const AttentionParams p) {
   constexpr int kKeys = kTileKeys<kDim>;
   constexpr int kStages = kTileStages<kDim>;
   SmemCarver carver;
@@ -450,7 +447,7 @@ __device__ __forceinline__ void finish_head(const AttentionParams& p, int row, i
 // grid: (n, K). The block fetches the keys and values of a row's own positions at once; then each
 // warp takes every kWarps-th query head of the group.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 4) finish_kernel(const AttentionParams p) {
   SmemCarver carver;
   T* keys = carver.take<T>(kMaxTail * kPitch<kDim>);
   T* values = carver.take<T>(kMaxTail * kPitch<kDim>);

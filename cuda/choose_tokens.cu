@@ -230,7 +230,7 @@ __device__ __forceinline__ Cut cut_at(RowScratch& scratch, const float* row, int
   return {least, scratch.token};
 }
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 1)
     choose_kernel(int32_t* tokens, const float* logits, int64_t stride, int vocab,
                   const Sampling* of_request, const int32_t* positions, const uint64_t* chunk_best,
                   int chunks) {

@@ -36,6 +36,8 @@ constexpr int kPieces = kDepth / 8;            // 16-byte pieces of a row of a s
 constexpr int kPassRows = kThreads / kPieces;  // rows of a stage that all threads copy at once
 constexpr int kTokenGroup = 64;                // tokens of a block
 constexpr int kStages = 4;
+constexpr int kBlocks =
+    3;  // of a multiprocessor, that registers leave room for; shared memory: 2 or 3
 constexpr int kPrefetchStages = 4;        // that are asked for, into L2, while the kernel waits
 constexpr int kOutPitch = kTileRows + 4;  // floats between tokens of the finished tile
 
@@ -302,7 +304,7 @@ __device__ __forceinline__ void store_parts(const LinearParams& p, int tile, int
 }
 
 template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
-__global__ void __launch_bounds__(kThreads) linear_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const LinearParams p) {
   constexpr int kTokens = kTokenTiles * 8;
   SmemCarver carver;
   T* weights = carver.take<T>(kStages * kTileRows * kDepth);
