@@ -149,8 +149,8 @@ TEST_CASE("failures on demand") {
   const Stream stream;
   fail_next("cudaLaunchKernelEx", cudaErrorLaunchOutOfResources);
   CHECK_THROWS_WITH_AS(launch<trap>(one_block(32, stream), "trap", static_cast<int*>(p)),
-                       "cudaErrorLaunchOutOfResources (too many resources requested for launch): "
-                       "trap",
+                       "trap: cudaErrorLaunchOutOfResources (too many resources requested for "
+                       "launch)",
                        frspec::DeviceError);
   fail_next("cudaStreamSynchronize", cudaErrorUnknown);
   fail_next("cudaStreamCreateWithFlags", cudaErrorDevicesUnavailable);
