@@ -13,8 +13,8 @@ from command_line import run_frspec
 
 BUILD = Path(__file__).parents[2] / "build" / "tests"
 BENCH = Path(os.environ.get("FRSPEC_BENCH_CUDA", BUILD / "bench_cuda"))
-# A small device, so that copies which measure the bandwidth are small.
-DEVICE = {"FRSPEC_EMULATION_DEVICE_BYTES": str(256 << 20)}
+# A small device beside the reserve, so that copies which measure the bandwidth are small.
+DEVICE = {"FRSPEC_EMULATION_DEVICE_BYTES": str(768 << 20)}
 HIDDEN, FFN, VOCAB, SUB_VOCAB = 64, 136, 320, 128
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
