@@ -25,13 +25,6 @@ nb::object make_array(std::vector<T> values, std::initializer_list<size_t> shape
   return nb::cast(nb::ndarray<nb::numpy, T>(owned->data(), shape.size(), shape.begin(), owner));
 }
 
-frspec::Method parse_method(const std::string& name) {
-  if (name == "plain") return frspec::Method::kPlain;
-  if (name == "eagle2") return frspec::Method::kEagle2;
-  throw frspec::RequestError(
-      frspec::concat("unknown method '", name, "'; expected 'plain' or 'eagle2'"));
-}
-
 const char* finish_reason_name(frspec::FinishReason reason) {
   switch (reason) {
     case frspec::FinishReason::kStop:
@@ -168,7 +161,7 @@ NB_MODULE(_core, m) {
              int64_t max_new_tokens, float temperature, int32_t top_k, float top_p, float min_p,
              uint64_t seed, bool ignore_eos) {
             frspec::Request request;
-            request.method = parse_method(method);
+            request.method = frspec::parse_method(method);
             request.sampling = {temperature, top_k, top_p, min_p, seed};
             request.max_new_tokens = max_new_tokens;
             request.ignore_eos = ignore_eos;
