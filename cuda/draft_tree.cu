@@ -1,6 +1,6 @@
 // The draft tree on the device, in kernels of one block: growing the beam, keeping the best
-// candidates, filling a tree of fixed shape, walking the tree, committing the accepted path. What is
-// done for each candidate and node is in runtime/draft_tree.h, shared with the CPU.
+// candidates, filling a tree of fixed shape, walking the tree, committing the accepted path. What
+// is done for each candidate and node is in runtime/draft_tree.h, shared with the CPU.
 #include "block_select.cuh"
 #include "dispatch.h"
 #include "draft_tree.h"
@@ -157,8 +157,9 @@ void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& ro
 
 void build_static_tree(const DraftTree& tree, const StaticTree& shape, const int32_t* tokens,
                        const TreeRoot& root, cudaStream_t stream) {
-  FRSPEC_CHECK(tree.nodes >= 1 && tree.nodes <= kMaxTreeNodes, Error, "build_static_tree: ",
-               tree.nodes, " nodes, at most ", kMaxTreeNodes, " are possible");
+  FRSPEC_CHECK(tree.nodes >= 1 && tree.nodes <= kMaxTreeNodes, Error,
+               "build_static_tree: ", tree.nodes, " nodes, at most ", kMaxTreeNodes,
+               " are possible");
   launch<build_static_tree_kernel>({dim3(1), dim3(kThreads), stream}, "build_static_tree", tree,
                                    shape, tokens, root);
 }

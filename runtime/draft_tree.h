@@ -1,6 +1,6 @@
-// The draft tree: growing a beam (EAGLE-2, arXiv 2406.16858, section 4.1) and keeping the best nodes
-// (section 4.2), or filling a tree of fixed shape (Medusa, arXiv 2401.10774, section 2.1.2), and
-// walking the tree after verification.
+// The draft tree: growing a beam (EAGLE-2, arXiv 2406.16858, section 4.1) and keeping the best
+// nodes (section 4.2), or filling a tree of fixed shape (Medusa, arXiv 2401.10774, section 2.1.2),
+// and walking the tree after verification.
 //
 // What is done for each candidate and each node is written once, as inline functions over plain
 // pointers that do not depend on the order in which they are called: the CPU backend calls them in

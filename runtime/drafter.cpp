@@ -22,8 +22,7 @@ Method parse_method(const std::string& name) {
   for (const Method method : {Method::kPlain, Method::kEagle2, Method::kMedusa}) {
     if (name == method_name(method)) return method;
   }
-  throw RequestError(
-      concat("unknown method '", name, "'; expected 'plain', 'eagle2' or 'medusa'"));
+  throw RequestError(concat("unknown method '", name, "'; expected 'plain', 'eagle2' or 'medusa'"));
 }
 
 void check_draft_sizes(const std::string& folder, int64_t hidden_size, int64_t vocab_size,

@@ -89,9 +89,9 @@ class DraftModel : public Drafter {
 void check_draft_sizes(const std::string& folder, int64_t hidden_size, int64_t vocab_size,
                        const ModelConfig& target);
 
-// The drafter in `folder`, of the kind that its config.json tells. sub_vocab: token ids of the draft
-// head's columns; empty: the full vocabulary. No weight is read. ModelError when it does not fit the
-// target, RequestError for a tree that cannot be drafted.
+// The drafter in `folder`, of the kind that its config.json tells. sub_vocab: token ids of the
+// draft head's columns; empty: the full vocabulary. No weight is read. ModelError when it does not
+// fit the target, RequestError for a tree that cannot be drafted.
 std::unique_ptr<DraftModel> open_draft_model(const std::string& folder, const ModelConfig& target,
                                              const std::vector<int32_t>& sub_vocab,
                                              const TreeShape& shape,

@@ -62,7 +62,8 @@ void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t 
   layers_.clear();
   for (int64_t index = 0; index < config_.num_layers; ++index) {
     // The first layer reads fc's output without a norm (EAGLE, arXiv 2401.15077, section 4.1).
-    layers_.push_back(read_decoder_layer(reader, config_, concat("layers.", index, "."), index > 0));
+    layers_.push_back(
+        read_decoder_layer(reader, config_, concat("layers.", index, "."), index > 0));
   }
   embedding_ = target.embedding;
   if (reader.contains("embed_tokens.weight")) {

@@ -1,10 +1,11 @@
-// The Medusa drafter (arXiv 2401.10774, section 2.1) over checkpoints of FasterDecoding/Medusa, with
-// FR-Spec sub-vocabulary heads (arXiv 2502.14856, table 5).
+// The Medusa drafter (arXiv 2401.10774, section 2.1) over checkpoints of FasterDecoding/Medusa,
+// with FR-Spec sub-vocabulary heads (arXiv 2502.14856, table 5).
 //
-// Head h (from 0) reads the target's feature (the hidden state after its final norm) at the position
-// whose logits chose the root, and predicts the token h + 1 positions behind the root: residual
-// blocks x + silu(W x + b), then an LM head of its own. The best tokens of each head fill a tree of
-// fixed shape (medusa_choices.h). The drafter keeps nothing of the sequence but that one feature.
+// Head h (from 0) reads the target's feature (the hidden state after its final norm) at the
+// position whose logits chose the root, and predicts the token h + 1 positions behind the root:
+// residual blocks x + silu(W x + b), then an LM head of its own. The best tokens of each head fill
+// a tree of fixed shape (medusa_choices.h). The drafter keeps nothing of the sequence but that one
+// feature.
 #pragma once
 
 #include <string>

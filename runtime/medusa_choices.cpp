@@ -59,7 +59,8 @@ std::string path_text(const MedusaPath& path) {
   constexpr size_t kShown = 8;
   std::ostringstream text;
   text << "[";
-  for (size_t i = 0; i < std::min(path.size(), kShown); ++i) text << (i == 0 ? "" : ", ") << path[i];
+  for (size_t i = 0; i < std::min(path.size(), kShown); ++i)
+    text << (i == 0 ? "" : ", ") << path[i];
   text << (path.size() > kShown ? ", ...]" : "]");
   return text.str();
 }
@@ -134,8 +135,7 @@ MedusaChoices published_medusa_choices(const std::string& name) {
     }
     known += concat(known.empty() ? "" : ", ", tree.name);
   }
-  throw RequestError(
-      concat("medusa_choices: expected one of ", known, ", found '", name, "'"));
+  throw RequestError(concat("medusa_choices: expected one of ", known, ", found '", name, "'"));
 }
 
 MedusaChoices best_medusa_choices(const std::vector<std::vector<double>>& accuracies,

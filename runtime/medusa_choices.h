@@ -1,6 +1,6 @@
-// Which tree Medusa drafts (arXiv 2401.10774, section 2.1.2): its nodes are paths of ranks, the path
-// (r1, ..., rd) standing for the r_d-th best token (from 0) of head d, below the node (r1, ...,
-// r_{d-1}).
+// Which tree Medusa drafts (arXiv 2401.10774, section 2.1.2): its nodes are paths of ranks, the
+// path (r1, ..., rd) standing for the r_d-th best token (from 0) of head d, below the node (r1,
+// ..., r_{d-1}).
 #pragma once
 
 #include <cstdint>
@@ -43,10 +43,10 @@ struct MedusaTree {
   std::vector<int32_t> candidates;  // [nodes] (depth - 1) width + rank; 0 for the root
 };
 
-// The tree for a checkpoint of `heads` heads with `columns` columns. Paths that were given are taken
-// as they are; RequestError when they are no tree, or ask for more heads or ranks than there are.
-// Of a published tree or one made of accuracies, the first paths that fit into `shape`, `heads` and
-// `columns` are taken.
+// The tree for a checkpoint of `heads` heads with `columns` columns. Paths that were given are
+// taken as they are; RequestError when they are no tree, or ask for more heads or ranks than there
+// are. Of a published tree or one made of accuracies, the first paths that fit into `shape`,
+// `heads` and `columns` are taken.
 MedusaTree plan_medusa_tree(const MedusaTreeOptions& options, const TreeShape& shape, int64_t heads,
                             int64_t columns);
 

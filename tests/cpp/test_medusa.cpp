@@ -144,12 +144,14 @@ TEST_CASE("a tree is planned from its paths") {
 
 TEST_CASE("choices that are no tree are refused by name") {
   const auto error = [](MedusaChoices paths, int64_t heads = 4, int64_t columns = 100) {
-    return request_error(
-        [&] { plan_medusa_tree(with_paths(std::move(paths)), {6, 10, 60}, heads, columns); });
+    return request_error([&] {
+      plan_medusa_tree(with_paths(std::move(paths)), {6, 10, 60}, heads, columns);
+    });
   };
-  CHECK(error({{0}, {1, 0}}) ==
-        "medusa_choices: path [1, 0]: expected its parent [1] among the paths, found none: they are "
-        "not a tree");
+  CHECK(
+      error({{0}, {1, 0}}) ==
+      "medusa_choices: path [1, 0]: expected its parent [1] among the paths, found none: they are "
+      "not a tree");
   CHECK(error({{0}, {0, 0}, {0}}) ==
         "medusa_choices: path [0]: expected every path once, found it again");
   CHECK(error({{0}, {}}).find("expected paths of at least one rank") != std::string::npos);
@@ -157,11 +159,12 @@ TEST_CASE("choices that are no tree are refused by name") {
         "medusa_choices: path [0, 0, 0]: expected at most 2 ranks, one for each head, found 3");
   CHECK(error({{0}, {-1}}).find("path [-1]: expected ranks from 0 to 63") != std::string::npos);
   CHECK(error({{0}, {5}}, 4, 5).find("expected ranks from 0 to 4, found 5") != std::string::npos);
-  CHECK(error(MedusaChoices(256, {0})) ==
-        "medusa_choices: expected at most 255 paths, found 256");
+  CHECK(error(MedusaChoices(256, {0})) == "medusa_choices: expected at most 255 paths, found 256");
   MedusaTreeOptions unknown;
   unknown.published = "mc_sim_7b";
-  CHECK(request_error([&] { plan_medusa_tree(unknown, {6, 10, 60}, 4, 100); }) ==
+  CHECK(request_error([&] {
+          plan_medusa_tree(unknown, {6, 10, 60}, 4, 100);
+        }) ==
         "medusa_choices: expected one of mc_sim_7b_63, vicuna_7b_stage1, vicuna_7b_stage1_ablation,"
         " vicuna_7b_stage2, vicuna_13b_stage1, vicuna_13b_stage2, vicuna_33b_stage1, "
         "vicuna_33b_stage2, zephyr_stage2, found 'mc_sim_7b'");
@@ -354,8 +357,9 @@ TEST_CASE("methods and choices go with their drafter") {
         "method 'eagle2' needs a drafter of its kind, found one for 'medusa'");
   options.medusa_tree = with_paths({{0}, {0, 0}});
   options.drafter = test::write_tiny_drafter("medusa_eagle", kSizes);
-  CHECK(request_error([&] { Engine{options}; })
-            .find("medusa_choices: expected a Medusa drafter, found an EAGLE drafter") !=
+  CHECK(request_error([&] {
+          Engine{options};
+        }).find("medusa_choices: expected a Medusa drafter, found an EAGLE drafter") !=
         std::string::npos);
   options.drafter.reset();
   CHECK(request_error([&] { Engine{options}; }) ==

@@ -183,7 +183,7 @@ inline std::string write_predictable_drafter(const std::string& name, const Tiny
 struct TinyMedusa {
   int64_t heads = 4;
   int64_t layers = 1;
-  std::string prefix;        // of the tensors' names
+  std::string prefix;         // of the tensors' names
   int64_t claimed_heads = 0;  // by the config; 0: as many as there are
 };
 
@@ -199,7 +199,8 @@ std::string write_medusa(FolderWriter& writer, const TinySizes& s, const TinyMed
       writer.normal(block + "weight", {s.hidden, s.hidden}, scale);
       writer.normal(block + "bias", {s.hidden}, 0.1f);
     }
-    writer.tensor(head + std::to_string(medusa.layers) + ".weight", {s.vocab, s.hidden}, lm_head(h));
+    writer.tensor(head + std::to_string(medusa.layers) + ".weight", {s.vocab, s.hidden},
+                  lm_head(h));
   }
   const int64_t claimed = medusa.claimed_heads == 0 ? medusa.heads : medusa.claimed_heads;
   return writer.finish({{"medusa_num_heads", claimed},
@@ -210,8 +211,9 @@ std::string write_medusa(FolderWriter& writer, const TinySizes& s, const TinyMed
 inline std::string write_tiny_medusa(const std::string& name, const TinySizes& s = {},
                                      const TinyMedusa& medusa = {}) {
   FolderWriter writer(name, 9);
-  return write_medusa(writer, s, medusa,
-                      [&](int64_t) { return writer.random({s.vocab, s.hidden}, 0.3f); });
+  return write_medusa(writer, s, medusa, [&](int64_t) {
+    return writer.random({s.vocab, s.hidden}, 0.3f);
+  });
 }
 
 // Heads that know the predictable target: from the feature after token t, head h expects the token

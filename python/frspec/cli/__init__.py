@@ -21,7 +21,7 @@ from . import chat, generate, info, make_synthetic
 _COMMANDS = (
     ("generate", "write one continuation or answer", generate),
     ("chat", "talk with a model", chat),
-    ("convert", "turn a GGUF, PyTorch or EAGLE checkpoint into a model folder", convert),
+    ("convert", "turn a GGUF, PyTorch, EAGLE or Medusa checkpoint into a folder", convert),
     ("rank-tokens", "rank a vocabulary by frequency, for --vocab-size", ranking),
     ("info", "memory plan of a model, and what this build supports", info),
     ("make-synthetic", "write a model of true shape with random weights", make_synthetic),
