@@ -57,6 +57,7 @@ Medusa::Medusa(const std::string& folder, const MedusaConfig& config, const Mode
     }
     heads = count_heads(*checkpoint_, prefix_, config_);
   }
+  heads = std::min<int64_t>(heads, kMaxTreeDepth);
   plan_ = plan_medusa_tree(tree_options, shape, heads, head_width());
 }
 

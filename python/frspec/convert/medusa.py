@@ -77,6 +77,13 @@ def convert_medusa(
     config = read_config(where / "config.json")
     found = _heads(checkpoint.tensors)
     heads, layers = _count(found)
+    claimed_layers = config.get("medusa_num_layers", layers)
+    if claimed_layers != layers:
+        raise ConversionError(
+            f"{where}: expected medusa_num_layers residual blocks in a head, {claimed_layers}, "
+            f"found {layers}"
+        )
+    sizes = _sizes(found, layers, where)
     notes: list[str] = []
     claimed = config_count(config, "medusa_num_heads", where, heads)
     if claimed > heads:
@@ -88,13 +95,6 @@ def convert_medusa(
         notes.append(f"the config claims {claimed} heads; all {heads} of the checkpoint are kept")
     if heads > _MAX_HEADS:
         raise ConversionError(f"{where}: expected at most {_MAX_HEADS} heads, found {heads}")
-    claimed_layers = config.get("medusa_num_layers", layers)
-    if claimed_layers != layers:
-        raise ConversionError(
-            f"{where}: expected medusa_num_layers residual blocks in a head, {claimed_layers}, "
-            f"found {layers}"
-        )
-    sizes = _sizes(found, layers, where)
     _compare_with_target(sizes, where, target)
     tensors = select(found, _shapes(heads, layers, sizes), set(), where)
     code, torch_name = WEIGHT_DTYPES[dtype or own_dtype(tensors)]
