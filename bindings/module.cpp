@@ -25,13 +25,6 @@ nb::object make_array(std::vector<T> values, std::initializer_list<size_t> shape
   return nb::cast(nb::ndarray<nb::numpy, T>(owned->data(), shape.size(), shape.begin(), owner));
 }
 
-frspec::Method parse_method(const std::string& name) {
-  if (name == "plain") return frspec::Method::kPlain;
-  if (name == "eagle2") return frspec::Method::kEagle2;
-  throw frspec::RequestError(
-      frspec::concat("unknown method '", name, "'; expected 'plain' or 'eagle2'"));
-}
-
 const char* finish_reason_name(frspec::FinishReason reason) {
   switch (reason) {
     case frspec::FinishReason::kStop:
@@ -102,6 +95,9 @@ NB_MODULE(_core, m) {
   m.def("cuda_build", &frspec::cuda_build, nb::sig("def cuda_build() -> str"),
         "What the CUDA backend was compiled with and for, or \"none: \" and why there is none.");
 
+  m.def("published_medusa_trees", &frspec::published_medusa_trees,
+        "The names that medusa_published may have.");
+
   m.def(
       "default_tree",
       [](const std::string& device) {
@@ -118,7 +114,9 @@ NB_MODULE(_core, m) {
              std::optional<std::string> ranking, int64_t vocab_size,
              std::string tokenizer_fingerprint, std::string device,
              std::optional<std::string> dtype, int64_t max_context, size_t memory_limit,
-             int threads, int tree_depth, int tree_topk, int tree_tokens) {
+             int threads, int tree_depth, int tree_topk, int tree_tokens,
+             std::optional<std::string> medusa_published, frspec::MedusaChoices medusa_paths,
+             std::vector<std::vector<double>> medusa_accuracies) {
             frspec::EngineOptions options;
             options.model = std::move(model);
             options.drafter = std::move(drafter);
@@ -131,13 +129,19 @@ NB_MODULE(_core, m) {
             options.memory_limit = memory_limit;
             options.threads = threads;
             options.tree = {tree_depth, tree_topk, tree_tokens};
+            if (medusa_published || !medusa_paths.empty() || !medusa_accuracies.empty()) {
+              options.medusa_tree = {std::move(medusa_paths), std::move(medusa_accuracies),
+                                     medusa_published.value_or("")};
+            }
             nb::gil_scoped_release release;
             new (self) Engine(options);
           },
           "model"_a, nb::kw_only(), "drafter"_a = nb::none(), "ranking"_a = nb::none(),
           "vocab_size"_a = 0, "tokenizer_fingerprint"_a = "", "device"_a = "auto",
           "dtype"_a = nb::none(), "max_context"_a = 0, "memory_limit"_a = 0, "threads"_a = 0,
-          "tree_depth"_a, "tree_topk"_a, "tree_tokens"_a,
+          "tree_depth"_a, "tree_topk"_a, "tree_tokens"_a, "medusa_published"_a = nb::none(),
+          "medusa_paths"_a = frspec::MedusaChoices{},
+          "medusa_accuracies"_a = std::vector<std::vector<double>>{},
           "Reads configs and headers and plans the memory; no weight is read.")
       .def("load", &Engine::load, nb::call_guard<nb::gil_scoped_release>(),
            "Takes the planned memory and loads the weights.")
@@ -157,7 +161,10 @@ NB_MODULE(_core, m) {
       .def_prop_ro("max_context", &Engine::max_context)
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
-      .def_prop_ro("has_drafter", &Engine::has_drafter)
+      .def_prop_ro(
+          "draft_method",
+          [](const Engine& self) { return std::string(method_name(self.draft_method())); },
+          "The method of the drafter, \"plain\" without one.")
       .def_prop_ro("draft_vocab_size", &Engine::draft_vocab_size,
                    "Columns of the draft head; 0 without a drafter.")
       .def_prop_ro("step_bytes", &Engine::step_bytes,
@@ -168,7 +175,7 @@ NB_MODULE(_core, m) {
              int64_t max_new_tokens, float temperature, int32_t top_k, float top_p, float min_p,
              uint64_t seed, bool ignore_eos) {
             frspec::Request request;
-            request.method = parse_method(method);
+            request.method = frspec::parse_method(method);
             request.sampling = {temperature, top_k, top_p, min_p, seed};
             request.max_new_tokens = max_new_tokens;
             request.ignore_eos = ignore_eos;

@@ -1,5 +1,4 @@
-// Small data movers: gathers of rows, numbering of rows, and the elementwise parts of products that
-// cuBLAS does.
+// Small data movers: gathers of rows, numbering of rows, and elementwise parts of products.
 #include <algorithm>
 #include <cmath>
 
@@ -77,6 +76,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    add_silu_kernel(T* x, int64_t x_stride, const T* y, int64_t y_stride, int cols) {
+  dependency_launch();
+  dependency_wait();
+  for (int i = threadIdx.x; i < cols; i += kThreads) {
+    const float v = to_float(y[blockIdx.x * y_stride + i]);
+    T& sum = x[blockIdx.x * x_stride + i];
+    sum = from_float<T>(to_float(sum) + v / (1.0f + __expf(-v)));
+  }
+}
+
 }  // namespace
 
 void check_kernels() {
@@ -134,6 +145,18 @@ void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream) {
                                     "multiply_silu", static_cast<T*>(up.data), up.stride,
                                     static_cast<const T*>(gate.data), gate.stride,
                                     static_cast<int>(up.cols));
+  });
+}
+
+void add_silu(const Tensor& x, const Tensor& y, cudaStream_t stream) {
+  FRSPEC_CHECK(x.rows == y.rows && x.cols == y.cols && x.dtype == y.dtype, Error, "add_silu: x [",
+               x.rows, ", ", x.cols, "] and y [", y.rows, ", ", y.cols, "] differ");
+  if (x.rows == 0) return;
+  with_element(x.dtype, "add_silu", [&](auto element) {
+    using T = decltype(element);
+    launch<add_silu_kernel<T>>({dim3(ceil_div(x.rows, 1)), dim3(kThreads), stream}, "add_silu",
+                               static_cast<T*>(x.data), x.stride, static_cast<const T*>(y.data),
+                               y.stride, static_cast<int>(x.cols));
   });
 }
 

@@ -336,6 +336,8 @@ void CudaBackend::linear_swiglu(const Tensor& out, const Tensor& x, const Linear
   cuda::linear(out, x, gate, &up, nullptr, split, linear_scratch_, stream_);
 }
 
+void CudaBackend::add_silu(const Tensor& x, const Tensor& y) { cuda::add_silu(x, y, stream_); }
+
 void CudaBackend::multiply_prompt(const Tensor& out, const Tensor& x, const LinearWeight& w,
                                   const Tensor* residual) {
   FRSPEC_CHECK(out.dtype == w.dtype && x.dtype == w.dtype, Error, "linear: prompt rows must be ",
@@ -400,6 +402,11 @@ void CudaBackend::expand_beam(const DraftPool& pool, const DraftLevel& level) {
 
 void CudaBackend::build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) {
   cuda::build_tree(tree, pool, root, stream_);
+}
+
+void CudaBackend::build_static_tree(const DraftTree& tree, const StaticTree& shape,
+                                    const int32_t* tokens, const TreeRoot& root) {
+  cuda::build_static_tree(tree, shape, tokens, root, stream_);
 }
 
 void CudaBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) {

@@ -61,6 +61,7 @@ class CudaBackend final : public Backend {
               const Tensor* residual) override;
   void linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
                      const LinearWeight& up, Rows rows) override;
+  void add_silu(const Tensor& x, const Tensor& y) override;
   void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                        const int32_t* positions, const int32_t* slots) override;
   void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
@@ -74,6 +75,8 @@ class CudaBackend final : public Backend {
   void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) override;
   void expand_beam(const DraftPool& pool, const DraftLevel& level) override;
   void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) override;
+  void build_static_tree(const DraftTree& tree, const StaticTree& shape, const int32_t* tokens,
+                         const TreeRoot& root) override;
   void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) override;
   void plant_tree(const DraftTree& tree, const Plant* plant) override;
   void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,

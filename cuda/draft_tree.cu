@@ -1,6 +1,6 @@
 // The draft tree on the device, in kernels of one block: growing the beam, keeping the best
-// candidates, walking the tree, committing the accepted path. What is done for each candidate and
-// node is in runtime/draft_tree.h, shared with the CPU.
+// candidates, filling a tree of fixed shape, walking the tree, committing the accepted path. What
+// is done for each candidate and node is in runtime/draft_tree.h, shared with the CPU.
 #include "block_select.cuh"
 #include "dispatch.h"
 #include "draft_tree.h"
@@ -67,6 +67,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   for (int32_t node = threadIdx.x; node < tree.nodes; node += kThreads) {
     write_tree_node(tree, pool, root, node);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    build_static_tree_kernel(const DraftTree tree, const StaticTree shape, const int32_t* tokens,
+                             const TreeRoot root) {
+  dependency_launch();
+  dependency_wait();
+  for (int32_t node = threadIdx.x; node < tree.nodes; node += kThreads) {
+    write_static_node(tree, shape, tokens, root, node);
   }
 }
 
@@ -144,6 +154,15 @@ void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& ro
                Error, "build_tree: ", tree.nodes, " nodes from ", pool.capacity,
                " candidates, at most ", kMaxTreeNodes, " are possible");
   launch<build_tree_kernel>({dim3(1), dim3(kThreads), stream}, "build_tree", tree, pool, root);
+}
+
+void build_static_tree(const DraftTree& tree, const StaticTree& shape, const int32_t* tokens,
+                       const TreeRoot& root, cudaStream_t stream) {
+  FRSPEC_CHECK(tree.nodes >= 1 && tree.nodes <= kMaxTreeNodes, Error,
+               "build_static_tree: ", tree.nodes, " nodes, at most ", kMaxTreeNodes,
+               " are possible");
+  launch<build_static_tree_kernel>({dim3(1), dim3(kThreads), stream}, "build_static_tree", tree,
+                                   shape, tokens, root);
 }
 
 void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen,

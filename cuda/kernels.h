@@ -31,6 +31,8 @@ void fill_rows(const Tensor& out, const float* bias, const Tensor* residual, cud
 void fill_random(const Tensor& out, uint64_t seed, cudaStream_t stream);
 // up = silu(gate) * up, elementwise.
 void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream);
+// x += silu(y), elementwise.
+void add_silu(const Tensor& x, const Tensor& y, cudaStream_t stream);
 
 // ==== rms_norm.cu
 
@@ -113,6 +115,8 @@ void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampli
 void expand_beam(const DraftPool& pool, const DraftLevel& level, cudaStream_t stream);
 void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root,
                 cudaStream_t stream);
+void build_static_tree(const DraftTree& tree, const StaticTree& shape, const int32_t* tokens,
+                       const TreeRoot& root, cudaStream_t stream);
 void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen,
                cudaStream_t stream);
 void plant_tree(const DraftTree& tree, const Plant* plant, cudaStream_t stream);

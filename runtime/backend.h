@@ -185,6 +185,8 @@ class Backend {
   // out [n, f] = silu(x . gate^T) * (x . up^T).
   virtual void linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
                              const LinearWeight& up, Rows rows = Rows::kTarget) = 0;
+  // x [n, d] += silu(y [n, d]).
+  virtual void add_silu(const Tensor& x, const Tensor& y) = 0;
   // qkv [n, (H + 2 K) D]: rotates the H query heads in place (halves apart, as Hugging Face lays
   // them out), appends rotated keys and plain values to `kv` at slots [n]. rope [positions, D]: cos
   // in the first D / 2 columns, sin in the rest, for every position; positions [n].
@@ -212,6 +214,9 @@ class Backend {
   virtual void number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) = 0;
   virtual void expand_beam(const DraftPool& pool, const DraftLevel& level) = 0;
   virtual void build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) = 0;
+  // tokens: of the candidates that the shape names.
+  virtual void build_static_tree(const DraftTree& tree, const StaticTree& shape,
+                                 const int32_t* tokens, const TreeRoot& root) = 0;
   virtual void walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) = 0;
   // Plants recorded tokens into a tree that was just built (plant.h). plant: in backend memory.
   virtual void plant_tree(const DraftTree& tree, const Plant* plant) = 0;

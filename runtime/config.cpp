@@ -8,6 +8,7 @@
 #include <system_error>
 
 #include "check.h"
+#include "draft_tree.h"
 #include "json_file.h"
 
 namespace frspec {
@@ -245,12 +246,21 @@ std::vector<int32_t> read_token_ids(const Keys& keys, const char* key, int64_t v
   return ids;
 }
 
-ModelConfig read_config(const std::string& folder, bool drafter) {
+// kind: "model" or "drafter".
+std::string config_path(const std::string& folder, const char* kind) {
   std::error_code failure;
-  FRSPEC_CHECK(fs::is_directory(folder, failure), ModelError, folder, ": expected a ",
-               drafter ? "drafter" : "model", " folder, found ",
-               fs::exists(folder, failure) ? "a file" : "nothing");
-  const std::string path = (fs::path(folder) / "config.json").string();
+  FRSPEC_CHECK(fs::is_directory(folder, failure), ModelError, folder, ": expected a ", kind,
+               " folder, found ", fs::exists(folder, failure) ? "a file" : "nothing");
+  return (fs::path(folder) / "config.json").string();
+}
+
+std::optional<uint64_t> synthetic_seed(const Keys& keys) {
+  if (keys.find("frspec_synthetic_seed") == nullptr) return std::nullopt;
+  return static_cast<uint64_t>(keys.integer("frspec_synthetic_seed", 0, INT32_MAX));
+}
+
+ModelConfig read_config(const std::string& folder, bool drafter) {
+  const std::string path = config_path(folder, drafter ? "drafter" : "model");
   const json object = read_json_object(path, kMaxConfigBytes);
   const Keys keys(object, path);
 
@@ -308,10 +318,7 @@ ModelConfig read_config(const std::string& folder, bool drafter) {
   config.eos_token_ids = read_token_ids(keys, "eos_token_id", config.vocab_size);
   const std::vector<int32_t> bos = read_token_ids(keys, "bos_token_id", config.vocab_size);
   if (!bos.empty()) config.bos_token_id = bos.front();
-  if (keys.find("frspec_synthetic_seed") != nullptr) {
-    config.synthetic_seed =
-        static_cast<uint64_t>(keys.integer("frspec_synthetic_seed", 0, INT32_MAX));
-  }
+  config.synthetic_seed = synthetic_seed(keys);
   return config;
 }
 
@@ -334,6 +341,20 @@ ModelConfig read_model_config(const std::string& folder) {
 
 ModelConfig read_eagle_config(const std::string& folder) {
   return read_config(folder, /*drafter=*/true);
+}
+
+std::optional<MedusaConfig> read_medusa_config(const std::string& folder) {
+  const std::string path = config_path(folder, "drafter");
+  const json object = read_json_object(path, kMaxConfigBytes);
+  const Keys keys(object, path);
+  if (keys.find("medusa_num_heads") == nullptr) return std::nullopt;
+  MedusaConfig config;
+  config.num_heads = keys.integer("medusa_num_heads", 1, kMaxTreeDepth);
+  config.num_layers = keys.integer("medusa_num_layers", 0, kMaxLayers, 1);
+  config.hidden_size = keys.integer("hidden_size", 1, kMaxHiddenSize, 0);
+  config.vocab_size = keys.integer("vocab_size", 1, kMaxVocabSize, 0);
+  config.synthetic_seed = synthetic_seed(keys);
+  return config;
 }
 
 DType parse_dtype(const std::string& name) {

@@ -53,6 +53,18 @@ ModelConfig read_model_config(const std::string& folder);
 // only what the config claims.
 ModelConfig read_eagle_config(const std::string& folder);
 
+// A Medusa checkpoint's config.json. What it leaves out is 0.
+struct MedusaConfig {
+  int64_t num_heads = 0;   // published files claim fewer than their checkpoint holds
+  int64_t num_layers = 0;  // residual blocks of each head
+  int64_t hidden_size = 0;
+  int64_t vocab_size = 0;
+  std::optional<uint64_t> synthetic_seed;
+};
+
+// None for a drafter of another kind: a config without medusa_num_heads. ModelError as above.
+std::optional<MedusaConfig> read_medusa_config(const std::string& folder);
+
 // bf16/bfloat16, fp16/float16/half, fp32/float32; RequestError otherwise.
 DType parse_dtype(const std::string& name);
 

@@ -1,5 +1,6 @@
-// The draft tree: growing a beam (EAGLE-2, arXiv 2406.16858, section 4.1), keeping the best nodes
-// (section 4.2), and walking the tree after verification.
+// The draft tree: growing a beam (EAGLE-2, arXiv 2406.16858, section 4.1) and keeping the best
+// nodes (section 4.2), or filling a tree of fixed shape (Medusa, arXiv 2401.10774, section 2.1.2),
+// and walking the tree after verification.
 //
 // What is done for each candidate and each node is written once, as inline functions over plain
 // pointers that do not depend on the order in which they are called: the CPU backend calls them in
@@ -68,6 +69,12 @@ struct DraftTree {
   int32_t* selected = nullptr;    // [nodes] scratch: pool indices of the kept nodes
   int64_t ancestor_words = 0;
   int32_t nodes = 0;
+};
+
+// A tree whose shape is the same in every round, over candidates that were found for each level.
+struct StaticTree {
+  const int32_t* parents = nullptr;     // [nodes] parents[0] = -1, parents[i] < i
+  const int32_t* candidates = nullptr;  // [nodes] which candidate the node holds; not the root's
 };
 
 struct TreeRoot {
@@ -158,6 +165,25 @@ FRSPEC_HOST_DEVICE inline void write_tree_node(const DraftTree& tree, const Draf
   }
   tree.tokens[node] = node == 0 ? *root.token : pool.tokens[tree.selected[node]];
   tree.parents[node] = parent;
+  tree.positions[node] = *root.base + depth;
+  tree.slots[node] = *root.base + node;
+  tree.prefix[node] = *root.base;
+  if (node == 0) *tree.base = *root.base;
+}
+
+// Node `node` of a tree of fixed shape. tokens: of the candidates.
+FRSPEC_HOST_DEVICE inline void write_static_node(const DraftTree& tree, const StaticTree& shape,
+                                                 const int32_t* tokens, const TreeRoot& root,
+                                                 int32_t node) {
+  uint64_t* own = tree.ancestors + node * tree.ancestor_words;
+  for (int64_t word = 0; word < tree.ancestor_words; ++word) own[word] = 0;
+  int32_t depth = -1;
+  for (int32_t at = node; at >= 0; at = shape.parents[at]) {
+    own[at / 64] |= uint64_t{1} << (at % 64);
+    ++depth;
+  }
+  tree.tokens[node] = node == 0 ? *root.token : tokens[shape.candidates[node]];
+  tree.parents[node] = shape.parents[node];
   tree.positions[node] = *root.base + depth;
   tree.slots[node] = *root.base + node;
   tree.prefix[node] = *root.base;

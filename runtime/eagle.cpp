@@ -2,49 +2,93 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 namespace frspec {
 
 namespace {
+
 constexpr const char* kBuffers = "drafter activations";
+
+// What the checkpoint holds decides over what a drafter's config claims.
+void read_biases(const Checkpoint& checkpoint, ModelConfig& config) {
+  config.qkv_bias = checkpoint.contains("layers.0.self_attn.q_proj.bias");
+  config.o_bias = checkpoint.contains("layers.0.self_attn.o_proj.bias");
+  config.mlp_bias = checkpoint.contains("layers.0.mlp.gate_proj.bias");
 }
 
-void Eagle::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const Llama& target,
-                   const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows) {
+}  // namespace
+
+Eagle::Eagle(const std::string& folder, const ModelConfig& target, std::vector<int32_t> sub_vocab,
+             const TreeShape& shape)
+    : config_(read_eagle_config(folder)), shape_(shape), sub_vocab_(std::move(sub_vocab)) {
+  check_draft_sizes(folder, config_.hidden_size, config_.vocab_size, target);
+  config_.vocab_size = target.vocab_size;
+  if (!config_.synthetic_seed) {
+    checkpoint_ = std::make_unique<Checkpoint>(folder);
+    read_biases(*checkpoint_, config_);
+  }
+  topk_ = static_cast<int>(std::min<int64_t>(shape_.topk, head_width()));
+}
+
+int64_t Eagle::head_width() const {
+  return sub_vocab_.empty() ? config_.vocab_size : static_cast<int64_t>(sub_vocab_.size());
+}
+
+void Eagle::raise(WorkspaceLimits& limits, int64_t max_context) const {
+  const auto raise_to = [](int64_t& limit, int64_t value) { limit = std::max(limit, value); };
+  const int64_t q_width = config_.num_heads * config_.head_dim;
+  const int64_t kv_width = config_.num_kv_heads * config_.head_dim;
+  raise_to(limits.rows, topk_);
+  raise_to(limits.round_rows, topk_);
+  raise_to(limits.beam_rows, topk_);
+  raise_to(limits.visible, max_context + int64_t{shape_.depth} * topk_);
+  raise_to(limits.query_heads, config_.num_heads);
+  raise_to(limits.ffn_features, config_.intermediate_size);
+  raise_to(limits.head_dim, config_.head_dim);
+  raise_to(limits.group_heads, config_.num_heads / config_.num_kv_heads);
+  raise_to(limits.in_features,
+           std::max({2 * config_.hidden_size, q_width, config_.intermediate_size}));
+  raise_to(limits.out_features, std::max(q_width + 2 * kv_width, config_.intermediate_size));
+}
+
+void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t slots,
+                   int64_t observed_rows) {
   const DType dtype = target.head.dtype;
-  const int64_t hidden = config.hidden_size;
-  WeightReader reader(backend, arena, checkpoint, config, dtype, "drafter weights");
+  const int64_t hidden = config_.hidden_size;
+  WeightReader reader(backend, arena, checkpoint_.get(), config_.synthetic_seed, dtype,
+                      "drafter weights");
   fc_ = reader.linear({{"fc", hidden}}, 2 * hidden, reader.contains("fc.bias"));
   layers_.clear();
-  for (int64_t index = 0; index < config.num_layers; ++index) {
+  for (int64_t index = 0; index < config_.num_layers; ++index) {
     // The first layer reads fc's output without a norm (EAGLE, arXiv 2401.15077, section 4.1).
-    layers_.push_back(read_decoder_layer(reader, config, concat("layers.", index, "."), index > 0));
+    layers_.push_back(
+        read_decoder_layer(reader, config_, concat("layers.", index, "."), index > 0));
   }
   embedding_ = target.embedding;
   if (reader.contains("embed_tokens.weight")) {
-    embedding_ = reader.linear({{"embed_tokens", config.vocab_size}}, hidden, false);
+    embedding_ = reader.linear({{"embed_tokens", config_.vocab_size}}, hidden, false);
   }
 
   head_ = target.head;
   column_tokens_ = nullptr;
-  if (!sub_vocab.empty()) {
-    const auto width = static_cast<int64_t>(sub_vocab.size());
+  if (!sub_vocab_.empty()) {
+    const int64_t width = head_width();
     head_.out_features = width;
     head_.data = arena.take("draft head", backend.linear_bytes(head_.dtype, width, hidden));
-    column_tokens_ = arena.take_array<int32_t>("draft head", sub_vocab.size());
+    column_tokens_ = arena.take_array<int32_t>("draft head", sub_vocab_.size());
     if (!arena.planning()) {
-      backend.gather_linear(head_, target.head, sub_vocab.data());
-      backend.upload(column_tokens_, sub_vocab.data(), sub_vocab.size() * sizeof(int32_t));
+      backend.gather_linear(head_, target.head, sub_vocab_.data());
+      backend.upload(column_tokens_, sub_vocab_.data(), sub_vocab_.size() * sizeof(int32_t));
     }
   }
-  topk_ = static_cast<int>(std::min<int64_t>(shape.topk, head_width()));
 
-  const int64_t in_flight = int64_t{shape.depth} * topk_;
+  const int64_t in_flight = int64_t{shape_.depth} * topk_;
   const DType activations = backend.activation_dtype(dtype);
   const int64_t rows = std::max<int64_t>(observed_rows, topk_);
-  kv_.layout(arena, "drafter KV cache", config, backend.kv_dtype(dtype), slots + in_flight);
-  rope_ = layout_rope(backend, arena, "RoPE tables", config, slots + shape.depth);
-  workspace_.layout(arena, kBuffers, activations, config, rows);
+  kv_.layout(arena, "drafter KV cache", config_, backend.kv_dtype(dtype), slots + in_flight);
+  rope_ = layout_rope(backend, arena, "RoPE tables", config_, slots + shape_.depth);
+  workspace_.layout(arena, kBuffers, activations, config_, rows);
   concat_ = arena.take_tensor(kBuffers, activations, rows, 2 * hidden);
   last_hidden_ = arena.take_tensor(kBuffers, activations, 1, hidden);
   logits_ = arena.take_tensor("draft logits", DType::kF32, topk_, head_width());
@@ -52,7 +96,7 @@ void Eagle::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const
   logprobs_ = arena.take_array<float>(kBuffers, candidates);
   candidate_tokens_ = arena.take_array<int32_t>(kBuffers, candidates);
 
-  pool_.capacity = pool_capacity(shape.depth, topk_);
+  pool_.capacity = pool_capacity(shape_.depth, topk_);
   pool_.tokens = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(pool_.capacity));
   pool_.parents = arena.take_array<int32_t>(kBuffers, static_cast<size_t>(pool_.capacity));
   pool_.scores = arena.take_array<float>(kBuffers, static_cast<size_t>(pool_.capacity));
@@ -84,21 +128,21 @@ void Eagle::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const
 
 int32_t Eagle::tree_nodes() const {
   return static_cast<int32_t>(
-      std::min<int64_t>(shape.tokens, 1 + pool_capacity(shape.depth, topk_)));
+      std::min<int64_t>(shape_.tokens, 1 + pool_capacity(shape_.depth, topk_)));
 }
 
 void Eagle::forward(Backend& backend, const Pass& pass) const {
   backend.linear(workspace_.hidden.row_slice(0, pass.rows), concat_.row_slice(0, pass.rows), fc_,
                  pass.kind);
   for (size_t index = 0; index < layers_.size(); ++index) {
-    forward_layer(backend, config, layers_[index], kv_.layers[index], rope_, pass, workspace_);
+    forward_layer(backend, config_, layers_[index], kv_.layers[index], rope_, pass, workspace_);
   }
 }
 
 void Eagle::observe(Backend& backend, const Tensor& features, const int32_t* rows,
                     const int32_t* next_tokens, const int32_t* end, int64_t n,
                     int64_t length_bound) {
-  const int64_t hidden = config.hidden_size;
+  const int64_t hidden = config_.hidden_size;
   backend.number_rows(observed_positions_, observed_prefix_, end, n);
   const Tensor input = concat_.row_slice(0, n);
   backend.embed(input.col_slice(0, hidden), embedding_, next_tokens);
@@ -125,11 +169,11 @@ void Eagle::expand(Backend& backend, int level, const Tensor& hidden) {
 
 void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
                   int64_t length_bound) {
-  const int64_t hidden = config.hidden_size;
+  const int64_t hidden = config_.hidden_size;
   level_.committed = root.base;
   expand(backend, 1, last_hidden_);
   Tensor expanded = last_hidden_;
-  for (int level = 2; level <= shape.depth; ++level) {
+  for (int level = 2; level <= shape_.depth; ++level) {
     const Tensor input = concat_.row_slice(0, topk_);
     backend.embed(input.col_slice(0, hidden), embedding_, level_.row_tokens);
     backend.gather_rows(input.col_slice(hidden, hidden), expanded, level_.row_sources);

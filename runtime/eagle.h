@@ -13,28 +13,28 @@
 
 namespace frspec {
 
-class Eagle final : public Drafter {
+class Eagle final : public DraftModel {
  public:
-  ModelConfig config;
-  TreeShape shape;
+  // sub_vocab: token ids of the draft head's columns; empty: the full vocabulary. Both are scored
+  // with the target's own head. ModelError for a folder that does not fit the target.
+  Eagle(const std::string& folder, const ModelConfig& target, std::vector<int32_t> sub_vocab,
+        const TreeShape& shape);
 
-  // sub_vocab: token ids of the draft head's columns, in host memory; empty: the full vocabulary,
-  // scored with the target's own head. slots: committed positions that the KV cache holds besides
-  // the beam. The weights are kept in the target's dtype.
-  void layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, const Llama& target,
-              const std::vector<int32_t>& sub_vocab, int64_t slots, int64_t observed_rows);
+  Method method() const override { return Method::kEagle2; }
+  bool remembers() const override { return true; }
+  int64_t head_width() const override;
+  void raise(WorkspaceLimits& limits, int64_t max_context) const override;
+  // The KV cache holds the beam besides the slots.
+  void layout(Backend& backend, Arena& arena, const Llama& target, int64_t slots,
+              int64_t observed_rows) override;
 
   int32_t tree_nodes() const override;
-  int32_t tree_depth() const override { return shape.depth; }
-  bool observes() const override { return true; }
+  int32_t tree_depth() const override { return shape_.depth; }
   void observe(Backend& backend, const Tensor& features, const int32_t* rows,
                const int32_t* next_tokens, const int32_t* end, int64_t n,
                int64_t length_bound) override;
   void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
              int64_t length_bound) override;
-
-  // Columns of the draft head, and with it the widest beam.
-  int64_t head_width() const { return head_.out_features; }
 
  private:
   // concat_ rows [0, n) -> hidden rows [0, n).
@@ -42,7 +42,10 @@ class Eagle final : public Drafter {
   // Scores the hidden rows and expands them to the next level of the pool.
   void expand(Backend& backend, int level, const Tensor& hidden);
 
-  int topk_ = 0;     // shape.topk, or the head's width when that is smaller
+  ModelConfig config_;
+  TreeShape shape_;
+  std::vector<int32_t> sub_vocab_;
+  int topk_;         // shape.topk, or the head's width when that is smaller
   LinearWeight fc_;  // [d, 2 d]
   std::vector<DecoderLayer> layers_;
   LinearWeight embedding_;            // the drafter's own, or the target's

@@ -31,11 +31,6 @@ class Stopwatch {
   Clock::time_point last_ = Clock::now();
 };
 
-// None for a folder that asks for random weights.
-std::unique_ptr<Checkpoint> open_checkpoint(const std::string& folder, const ModelConfig& config) {
-  return config.synthetic_seed ? nullptr : std::make_unique<Checkpoint>(folder);
-}
-
 DType weight_dtype(const EngineOptions& options, const ModelConfig& config,
                    Checkpoint* checkpoint) {
   if (options.dtype) return parse_dtype(*options.dtype);
@@ -52,23 +47,6 @@ void check_tree(const TreeShape& tree) {
                "tree tokens must be 1 to ", kMaxTreeNodes, ", found ", tree.tokens);
 }
 
-// What the checkpoint holds decides over what a drafter's config claims.
-void read_biases(const Checkpoint& checkpoint, ModelConfig& config) {
-  config.qkv_bias = checkpoint.contains("layers.0.self_attn.q_proj.bias");
-  config.o_bias = checkpoint.contains("layers.0.self_attn.o_proj.bias");
-  config.mlp_bias = checkpoint.contains("layers.0.mlp.gate_proj.bias");
-}
-
-void check_drafter(const std::string& folder, const ModelConfig& drafter,
-                   const ModelConfig& target) {
-  FRSPEC_CHECK(drafter.hidden_size == target.hidden_size, ModelError, folder,
-               ": the drafter's hidden_size must equal the target's: expected ", target.hidden_size,
-               ", found ", drafter.hidden_size);
-  FRSPEC_CHECK(drafter.vocab_size == 0 || drafter.vocab_size == target.vocab_size, ModelError,
-               folder, ": the drafter's vocab_size must equal the target's: expected ",
-               target.vocab_size, ", found ", drafter.vocab_size);
-}
-
 }  // namespace
 
 Engine::Engine(const EngineOptions& options) : options_(options) {
@@ -77,25 +55,25 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
                options.max_context);
   FRSPEC_CHECK(options.drafter || !options.vocab_size, RequestError,
                "vocab_size is the drafter's: it needs a drafter, found none");
+  FRSPEC_CHECK(options.drafter || !options.medusa_tree, RequestError,
+               "medusa_choices are the drafter's: they need a Medusa drafter, found none");
   FRSPEC_CHECK(options.ranking || !options.vocab_size, RequestError, "vocab_size ",
                options.vocab_size, " needs a ranking file, found none");
 
   target_.config = read_model_config(options.model);
-  target_checkpoint_ = open_checkpoint(options.model, target_.config);
+  if (!target_.config.synthetic_seed) {
+    target_checkpoint_ = std::make_unique<Checkpoint>(options.model);
+  }
   dtype_ = weight_dtype(options, target_.config, target_checkpoint_.get());
   if (options.drafter) {
-    eagle_ = std::make_unique<Eagle>();
-    eagle_->config = read_eagle_config(*options.drafter);
-    check_drafter(*options.drafter, eagle_->config, target_.config);
-    eagle_->config.vocab_size = target_.config.vocab_size;
-    drafter_checkpoint_ = open_checkpoint(*options.drafter, eagle_->config);
-    if (drafter_checkpoint_ != nullptr) read_biases(*drafter_checkpoint_, eagle_->config);
-    eagle_->shape = options.tree;
+    std::vector<int32_t> sub_vocab;
     if (options.vocab_size > 0) {
-      sub_vocab_ = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
-                                  target_.config.eos_token_ids, options.tokenizer_fingerprint)
-                       .tokens;
+      sub_vocab = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
+                                 target_.config.eos_token_ids, options.tokenizer_fingerprint)
+                      .tokens;
     }
+    draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, options.tree,
+                                    options.medusa_tree ? &*options.medusa_tree : nullptr);
   }
   const int64_t trained_context = target_.config.max_position_embeddings;
   max_context_ = options.max_context > 0 ? options.max_context
@@ -112,26 +90,20 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
 }
 
 void Engine::layout(Arena& arena, int64_t max_context) {
-  int64_t nodes = 1;
-  int64_t depth = 0;
-  int64_t beam_rows = 1;
-  if (eagle_ != nullptr) {
-    nodes = options_.tree.tokens;
-    depth = options_.tree.depth;
-    beam_rows = options_.tree.topk;
-  }
+  const int64_t nodes = draft_model_ ? draft_model_->tree_nodes() : 1;
+  const int64_t depth = draft_model_ ? draft_model_->tree_depth() : 0;
   const int64_t chunk = backend_->prompt_chunk() > 0 ? backend_->prompt_chunk() : kPrefillRows;
   pass_rows_ = std::max(std::min(chunk, max_context), nodes);
   pass_rows_ = (pass_rows_ + kPromptRowMultiple - 1) / kPromptRowMultiple * kPromptRowMultiple;
 
   const ModelConfig& config = target_.config;
   WorkspaceLimits limits;
-  limits.rows = std::max(pass_rows_, beam_rows);
-  limits.round_rows = std::max(nodes, beam_rows);
+  limits.rows = pass_rows_;
+  limits.round_rows = nodes;
   limits.choice_rows = nodes;
-  limits.beam_rows = beam_rows;
+  limits.beam_rows = 1;
   limits.vocab = config.vocab_size;
-  limits.visible = max_context + std::max(nodes, depth * beam_rows);
+  limits.visible = max_context + nodes;
   limits.query_heads = config.num_heads;
   limits.head_dim = config.head_dim;
   limits.group_heads = config.num_heads / config.num_kv_heads;
@@ -141,27 +113,12 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   limits.out_features =
       std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size});
   limits.ffn_features = config.intermediate_size;
-  if (eagle_ != nullptr) {
-    const ModelConfig& draft = eagle_->config;
-    const int64_t draft_q = draft.num_heads * draft.head_dim;
-    const int64_t draft_kv = draft.num_kv_heads * draft.head_dim;
-    limits.query_heads = std::max(limits.query_heads, draft.num_heads);
-    limits.ffn_features = std::max(limits.ffn_features, draft.intermediate_size);
-    limits.head_dim = std::max(limits.head_dim, draft.head_dim);
-    limits.group_heads = std::max(limits.group_heads, draft.num_heads / draft.num_kv_heads);
-    limits.in_features =
-        std::max({limits.in_features, 2 * draft.hidden_size, draft_q, draft.intermediate_size});
-    limits.out_features =
-        std::max({limits.out_features, draft_q + 2 * draft_kv, draft.intermediate_size});
-  }
+  if (draft_model_) draft_model_->raise(limits, max_context);
   backend_->layout(arena, limits);
 
   target_.layout(*backend_, arena, target_checkpoint_.get(), dtype_, max_context + nodes,
                  max_context + depth, pass_rows_);
-  if (eagle_ != nullptr) {
-    eagle_->layout(*backend_, arena, drafter_checkpoint_.get(), target_, sub_vocab_, max_context,
-                   pass_rows_);
-  }
+  if (draft_model_) draft_model_->layout(*backend_, arena, target_, max_context, pass_rows_);
 
   constexpr const char* kBuffers = "target activations";
   features_ = arena.take_tensor(kBuffers, backend_->activation_dtype(dtype_), pass_rows_,
@@ -246,7 +203,7 @@ void Engine::load() {
   backend_->upload(pass_rows_index_, index.data(), index.size() * sizeof(int32_t));
   backend_->end_load();
   target_checkpoint_.reset();
-  drafter_checkpoint_.reset();
+  if (draft_model_) draft_model_->end_load();
 
   const auto context = static_cast<size_t>(max_context_);
   const auto round_tokens = static_cast<size_t>(walk_result_size_);
@@ -258,7 +215,7 @@ void Engine::load() {
   loaded_ = true;
 }
 
-int64_t Engine::draft_vocab_size() const { return eagle_ ? eagle_->head_width() : 0; }
+int64_t Engine::draft_vocab_size() const { return draft_model_ ? draft_model_->head_width() : 0; }
 
 size_t Engine::step_bytes() const {
   size_t bytes = 0;
@@ -294,17 +251,18 @@ void Engine::check_request(std::span<const int32_t> prompt, const Request& reque
                "top_p must be in (0, 1], found ", sampling.top_p);
   FRSPEC_CHECK(sampling.min_p >= 0.0f && sampling.min_p <= 1.0f, RequestError,
                "min_p must be in [0, 1], found ", sampling.min_p);
-  FRSPEC_CHECK(request.method == Method::kPlain || eagle_ != nullptr, RequestError,
-               "method 'eagle2' needs a drafter, found none");
+  FRSPEC_CHECK(request.method == Method::kPlain || request.method == draft_method(), RequestError,
+               "method '", method_name(request.method), "' needs a drafter of its kind, found ",
+               draft_model_ ? concat("one for '", method_name(draft_method()), "'") : "none");
 }
 
 void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
-  FRSPEC_CHECK(options_.plant && eagle_ != nullptr && loaded_, RequestError,
+  FRSPEC_CHECK(options_.plant && draft_model_ != nullptr && loaded_, RequestError,
                "planting needs a loaded engine with a drafter and EngineOptions::plant");
   FRSPEC_CHECK(static_cast<int64_t>(recorded.size()) <= max_context_, RequestError,
                "the recorded sequence has ", recorded.size(), " tokens, max_context is ",
                max_context_);
-  const int32_t depth = eagle_->tree_depth();
+  const int32_t depth = draft_model_->tree_depth();
   FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
                "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
                accept_length);
@@ -314,7 +272,7 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   Plant plant;
   plant.recorded = planted_tokens_;
   plant.length = static_cast<int32_t>(recorded.size());
-  plant.depth = std::min(depth, eagle_->tree_nodes() - 1);
+  plant.depth = std::min(depth, draft_model_->tree_nodes() - 1);
   plant.vocab = static_cast<int32_t>(target_.config.vocab_size);
   // A round emits 1 + a + a^2 + ... + a^depth tokens on average.
   double low = 0.0;
@@ -343,16 +301,17 @@ void Engine::start(std::span<const int32_t> prompt, const Request& request) {
   int64_t kept = std::min({common, target_.kv.length, length - 1});
   const int64_t chunk = backend_->prompt_chunk();
   if (chunk > 0) kept = std::min(kept, whole_chunks_);
-  // Row i of the drafter holds token i + 1 as well. Features are not kept: where the drafter goes
-  // on, the target computes them again.
+  // Row i of a drafter that remembers holds token i + 1 as well. Features are not kept: where the
+  // drafter goes on, the target computes them again.
   const int64_t observed = std::min(observed_, std::max<int64_t>(common - 1, 0));
-  if (request.method == Method::kEagle2) kept = std::min(kept, observed);
+  const bool drafts = request.method != Method::kPlain;
+  if (drafts && draft_model_->remembers()) kept = std::min(kept, observed);
   if (chunk > 0) kept = kept / chunk * chunk;
   observed_ = std::min(observed, kept);
   whole_chunks_ = chunk > 0 ? kept : 0;
   unobserved_ = 0;
 
-  drafter_ = request.method == Method::kEagle2 ? static_cast<Drafter*>(eagle_.get()) : &no_drafter_;
+  drafter_ = drafts ? static_cast<Drafter*>(draft_model_.get()) : &no_drafter_;
   tree_.nodes = drafter_->tree_nodes();
   request_ = request;
   backend_->upload(sampling_, &request_.sampling, sizeof(Sampling));

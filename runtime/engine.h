@@ -11,8 +11,8 @@
 #include "backend.h"
 #include "checkpoint.h"
 #include "drafter.h"
-#include "eagle.h"
 #include "llama.h"
+#include "medusa_choices.h"
 
 namespace frspec {
 
@@ -28,10 +28,9 @@ struct EngineOptions {
   size_t memory_limit = 0;             // bytes; 0: what the device has
   int threads = 0;                     // 0: all that the process may use
   TreeShape tree;
-  bool plant = false;  // room for plant()
+  std::optional<MedusaTreeOptions> medusa_tree;  // needs a Medusa drafter; absent: its default
+  bool plant = false;                            // room for plant()
 };
-
-enum class Method { kPlain, kEagle2 };
 
 struct Request {
   Method method = Method::kPlain;
@@ -65,7 +64,8 @@ class Engine {
   DeviceInfo device() const { return backend_->info(); }
   DType dtype() const { return dtype_; }
   int64_t max_context() const { return max_context_; }
-  bool has_drafter() const { return eagle_ != nullptr; }
+  // kPlain without a drafter.
+  Method draft_method() const { return draft_model_ ? draft_model_->method() : Method::kPlain; }
   int64_t draft_vocab_size() const;  // columns of the draft head; 0 without a drafter
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
   double measure_bandwidth() { return backend_->measure_bandwidth(); }  // once loaded
@@ -115,16 +115,14 @@ class Engine {
   EngineOptions options_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Checkpoint> target_checkpoint_;
-  std::unique_ptr<Checkpoint> drafter_checkpoint_;
   DType dtype_ = DType::kBF16;
-  std::vector<int32_t> sub_vocab_;
   int64_t max_context_ = 0;
   MemoryPlan plan_;
   bool loaded_ = false;
 
   Llama target_;
   NoDrafter no_drafter_;
-  std::unique_ptr<Eagle> eagle_;
+  std::unique_ptr<DraftModel> draft_model_;
   Drafter* drafter_ = &no_drafter_;  // of the current request
 
   // Backend memory.

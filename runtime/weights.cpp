@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include <algorithm>
+#include <cstring>
 #include <functional>
 
 namespace frspec {
@@ -58,6 +60,35 @@ LinearWeight WeightReader::linear(const std::vector<Part>& parts, int64_t in_fea
     }
     first_row += part.rows;
   }
+  return weight;
+}
+
+LinearWeight WeightReader::chosen_rows(const std::string& name, int64_t rows, int64_t in_features,
+                                       const std::vector<int32_t>& chosen) {
+  constexpr int64_t kRows = 256;  // gathered at a time
+  const auto count = static_cast<int64_t>(chosen.size());
+  if (checkpoint_ == nullptr) return linear({{name, count}}, in_features, false);
+  LinearWeight weight;
+  weight.dtype = dtype_;
+  weight.out_features = count;
+  weight.in_features = in_features;
+  weight.data = arena_.take(plan_name_, backend_.linear_bytes(dtype_, count, in_features));
+  const HostTensor& source = checkpoint_->tensor(name + ".weight", {rows, in_features});
+  if (arena_.planning()) return weight;
+  const Tensor matrix = Checkpoint::as_matrix(source);
+  const size_t row_bytes = static_cast<size_t>(in_features) * dtype_size(matrix.dtype);
+  std::vector<char> gathered(static_cast<size_t>(kRows) * row_bytes);
+  for (int64_t first = 0; first < count; first += kRows) {
+    const int64_t n = std::min(kRows, count - first);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = chosen[static_cast<size_t>(first + i)];
+      std::memcpy(gathered.data() + static_cast<size_t>(i) * row_bytes,
+                  matrix.row_slice(row, 1).data, row_bytes);
+    }
+    backend_.load_linear(weight, first,
+                         {gathered.data(), matrix.dtype, n, in_features, in_features});
+  }
+  checkpoint_->release(source);
   return weight;
 }
 

@@ -5,26 +5,26 @@
 // once from the mapped file into the backend's layout, and its file pages are given back.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "arena.h"
 #include "backend.h"
 #include "checkpoint.h"
-#include "config.h"
 
 namespace frspec {
 
 class WeightReader {
  public:
   // plan_name: the line of the memory plan that these weights are counted under. checkpoint: null
-  // for random weights from config's synthetic_seed.
-  WeightReader(Backend& backend, Arena& arena, Checkpoint* checkpoint, const ModelConfig& config,
+  // for random weights from the seed.
+  WeightReader(Backend& backend, Arena& arena, Checkpoint* checkpoint, std::optional<uint64_t> seed,
                DType dtype, const char* plan_name)
       : backend_(backend),
         arena_(arena),
         checkpoint_(checkpoint),
-        seed_(config.synthetic_seed.value_or(0)),
+        seed_(seed.value_or(0)),
         dtype_(dtype),
         plan_name_(plan_name) {}
 
@@ -38,6 +38,10 @@ class WeightReader {
   // The parts [rows, in_features], stacked in order. with_bias: every part has a "<name>.bias"
   // [rows].
   LinearWeight linear(const std::vector<Part>& parts, int64_t in_features, bool with_bias);
+
+  // The rows `chosen` of the matrix [rows, in_features], in that order: only they take memory.
+  LinearWeight chosen_rows(const std::string& name, int64_t rows, int64_t in_features,
+                           const std::vector<int32_t>& chosen);
 
   bool contains(const std::string& name) const {
     return checkpoint_ != nullptr && checkpoint_->contains(name);

@@ -57,7 +57,7 @@ def write_summary(result: Result) -> None:
     parts = [f"{count} token{'' if count == 1 else 's'}"]
     if result.timings.tokens_per_s > 0:
         parts.append(f"{result.timings.tokens_per_s:.1f} tokens/s")
-    if result.method == "eagle2" and result.accept_lengths:
+    if result.method != "plain" and result.accept_lengths:
         parts.append(f"accept length {accept_length(result.accept_lengths):.2f}")
     parts += [f"{result.method} on {result.device}", result.finish_reason]
     Console(stderr=True).print(", ".join(parts), style="dim", highlight=False, soft_wrap=True)

@@ -15,12 +15,13 @@ import numpy as np
 from . import _core, hub
 from ._core import Engine
 from .errors import RequestError
+from .medusa import MedusaChoices, medusa_tree_options
 from .ranking import Ranking
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
-Method = Literal["plain", "eagle2"]
+Method = Literal["plain", "eagle2", "medusa"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,14 @@ class Generator:
     dtype: "bf16", "fp16" or "fp32" for the weights in memory, by default as they are stored (fp32
     on a CPU only). max_context: tokens of prompt and answer together. memory_limit: bytes.
     threads: CPU threads, by default all that the process may use. tree: shape of the draft tree,
-    by default what suits the device.
+    by default what suits the device. medusa_choices: which nodes a Medusa drafter's tree has: the
+    name of a published tree ("mc_sim_7b_63" by default), of which the first nodes that fit into
+    `tree` are taken; or {"accuracies": [heads][ranks]}, of which the best tree of that size is
+    made; or the whole tree, a list of paths of ranks such as [[0], [0, 0], [1]].
 
     One sequence at a time. A prompt that begins like the previous sequence reuses its KV cache.
-    The output does not depend on drafter, ranking, vocab_size, tree, method or threads.
+    The output does not depend on drafter, ranking, vocab_size, tree, medusa_choices, method or
+    threads.
 
     Raises ModelError, RankingError, HubError, RequestError, MemoryPlanError or DeviceError.
     """
@@ -89,6 +94,7 @@ class Generator:
         memory_limit: int | None = None,
         threads: int | None = None,
         tree: Tree | None = None,
+        medusa_choices: MedusaChoices | None = None,
     ):
         began = time.perf_counter()
         self._engine, self._folder = plan_engine(
@@ -102,6 +108,7 @@ class Generator:
             memory_limit,
             threads,
             tree,
+            medusa_choices,
         )
         self._engine.load()
         self._tokenizer: Tokenizer | None = None
@@ -150,8 +157,8 @@ class Generator:
         model's chat template). temperature 0 takes the likeliest token; above, tokens are drawn
         from the softmax of logits / temperature over what top_k (0: all), top_p and min_p leave,
         and the same seed gives the same text whatever the method. stop: strings that end the text,
-        not included in it. method: "eagle2" (default with a drafter) or "plain". ignore_eos: write
-        on past ending tokens.
+        not included in it. method: "eagle2" or "medusa", whichever the drafter is for (default
+        with one), or "plain". ignore_eos: write on past ending tokens.
 
         Raises RequestError. KeyboardInterrupt ends it between two rounds; the generator stays
         usable.
@@ -182,7 +189,7 @@ class Generator:
         """
         token_ids = self.encode(prompt)
         if method is None:
-            method = "eagle2" if self._engine.has_drafter else "plain"
+            method = self._engine.draft_method
         request = {
             "method": method,
             "max_new_tokens": _number("max_new_tokens", max_new_tokens, int),
@@ -354,6 +361,7 @@ def plan_engine(
     memory_limit: int | None = None,
     threads: int | None = None,
     tree: Tree | None = None,
+    medusa_choices: MedusaChoices | None = None,
 ) -> tuple[Engine, Path]:
     """The engine with its memory planned and nothing loaded, and the model's folder."""
     folder = hub.resolve(model)
@@ -368,6 +376,9 @@ def plan_engine(
         fingerprint = tokenizer.fingerprint
         if not sub_vocab_size:  # the engine will not read it: a wrong file is an error all the same
             Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
+    medusa = medusa_tree_options(medusa_choices)
+    if tree is not None and medusa.get("medusa_paths"):
+        raise RequestError("medusa_choices: a list of paths is a whole tree; give it or tree")
     if tree is None:
         tree = default_tree(device)
     options = {
@@ -387,6 +398,7 @@ def plan_engine(
         device=device,
         dtype=dtype,
         **options,
+        **medusa,
     )
     return engine, folder
 

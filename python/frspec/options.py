@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from .generator import Tree, default_tree
+from .medusa import read_medusa_choices
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -20,13 +21,15 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def add_model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--model, --drafter, --ranking, --vocab-size"""
+    """--model, --drafter, --ranking, --vocab-size, --medusa-choices"""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", required=required, metavar="DIR|HUB", help="model folder, or hub id (owner/name)"
     )
     group.add_argument(
-        "--drafter", metavar="DIR|HUB", help="EAGLE drafter of the model (default: none)"
+        "--drafter",
+        metavar="DIR|HUB",
+        help="EAGLE or Medusa drafter of the model (default: none)",
     )
     group.add_argument(
         "--ranking",
@@ -38,6 +41,13 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
         type=_vocab_size,
         metavar="N|full",
         help="the drafter scores only the N most frequent tokens (default: full)",
+    )
+    group.add_argument(
+        "--medusa-choices",
+        metavar="NAME|FILE",
+        help="nodes of a Medusa drafter's tree: the name of a published tree, cut to the --tree-*"
+        ' sizes, or a JSON file: {"accuracies": [[...], ...]} of heads and ranks, or a whole tree'
+        " as a list of paths (default: mc_sim_7b_63)",
     )
 
 
@@ -92,8 +102,8 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--method",
-        choices=("plain", "eagle2"),
-        help="the text is the same (default: eagle2 with a drafter, plain without)",
+        choices=("plain", "eagle2", "medusa"),
+        help="the text is the same (default: the drafter's, plain without one)",
     )
     group.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="default: %(default)s"
@@ -152,6 +162,8 @@ def generator_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "drafter", "ranking", "vocab_size", "device", "dtype", "max_context")
     options = {name: getattr(args, name) for name in (*names, "memory_limit", "threads")}
     options["tree"] = draft_tree(args)
+    if args.medusa_choices is not None:
+        options["medusa_choices"] = read_medusa_choices(args.medusa_choices)
     return options
 
 

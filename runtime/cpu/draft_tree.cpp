@@ -64,6 +64,13 @@ void CpuBackend::build_tree(const DraftTree& tree, const DraftPool& pool, const 
   for (int32_t node = 0; node < tree.nodes; ++node) write_tree_node(tree, pool, root, node);
 }
 
+void CpuBackend::build_static_tree(const DraftTree& tree, const StaticTree& shape,
+                                   const int32_t* tokens, const TreeRoot& root) {
+  for (int32_t node = 0; node < tree.nodes; ++node) {
+    write_static_node(tree, shape, tokens, root, node);
+  }
+}
+
 void CpuBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) {
   follow_path(walk, chosen, [&](int32_t node) {
     for (int32_t child = node + 1; child < tree.nodes; ++child) {

@@ -38,6 +38,7 @@ constexpr Kernels make_table(const char* name) {
   table.finish = finish;
   table.finish_swiglu = finish_swiglu;
   table.rms_norm = rms_norm;
+  table.add_silu = add_silu;
   table.rotate = rotate;
   table.attention = attention;
   table.merge_splits = merge_splits;

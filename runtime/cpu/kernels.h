@@ -120,6 +120,7 @@ struct Kernels {
   void (*finish_swiglu)(const FinishSwigluTask& task);
 
   void (*rms_norm)(float* out, const float* x, const float* weight, int64_t cols, float eps);
+  void (*add_silu)(float* x, const float* y, int64_t count);  // x += silu(y)
   // The two halves of a head, rotated: out may be x.
   void (*rotate)(float* out, const float* x, const float* cosines, const float* sines,
                  int64_t half);

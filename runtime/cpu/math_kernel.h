@@ -149,6 +149,18 @@ inline void rms_norm(float* out, const float* x, const float* weight, int64_t co
   for (; i < cols; ++i) out[i] = (x[i] * scale) * weight[i];
 }
 
+inline void add_silu(float* x, const float* y, int64_t count) {
+  for (int64_t i = 0; i < count; i += Simd::kLanes) {
+    if (count - i >= Simd::kLanes) {
+      Simd::store(x + i, Simd::add(Simd::load(x + i), silu(Simd::load(y + i))));
+    } else {
+      const Simd::F sum = Simd::add(Simd::load_partial(x + i, count - i),
+                                    silu(Simd::load_partial(y + i, count - i)));
+      Simd::store_partial(x + i, sum, count - i);
+    }
+  }
+}
+
 inline void rotate(float* out, const float* x, const float* cosines, const float* sines,
                    int64_t half) {
   using F = Simd::F;

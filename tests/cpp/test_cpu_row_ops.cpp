@@ -45,6 +45,32 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("add_silu adds y / (1 + exp(-y))") {
+  for (const Kernels* kernels : all_kernels()) {
+    CAPTURE(kernels->name);
+    for (const int64_t cols : {1, 7, 72, 1793}) {
+      TestBackend backend(*kernels, 3, {});
+      Random random(static_cast<uint32_t>(cols));
+      Matrix x(20, cols, random, 3.0f, 2);
+      Matrix y(20, cols, random, 20.0f, 3);
+      const Matrix before = x;
+      backend->add_silu(x.tensor(), y.tensor());
+      double worst = 0;
+      for (int64_t r = 0; r < 20; ++r) {
+        for (int64_t i = 0; i < cols; ++i) {
+          const double v = y.row(r)[i];
+          const double want = before.row(r)[i] + v / (1 + std::exp(-v));
+          worst = std::max(worst, std::fabs(want - x.row(r)[i]) / (1 + std::fabs(want)));
+        }
+        for (int64_t i = cols; i < cols + 2 && r < 19; ++i) {
+          CHECK(x.row(r)[i] == before.row(r)[i]);  // nothing behind the row
+        }
+      }
+      CHECK(worst < 1e-6);
+    }
+  }
+}
+
 TEST_CASE("rope_and_append rotates by halves and places keys and values") {
   for (const Kernels* kernels : all_kernels()) {
     CAPTURE(kernels->name);

@@ -246,6 +246,37 @@ TEST_CASE("growing, building and walking a tree equal brute force") {
   }
 }
 
+TEST_CASE("a tree of fixed shape holds its candidates' tokens") {
+  const auto backend = make_cpu_backend(1);
+  Random random(9);
+  for (const int32_t nodes : {1, 2, 63, 64, 65, 256}) {
+    CAPTURE(nodes);
+    std::vector<int32_t> parents{-1}, candidates{0}, tokens;
+    for (int32_t i = 1; i < nodes; ++i) {
+      parents.push_back(static_cast<int32_t>(random.below(i)));
+      candidates.push_back(static_cast<int32_t>(random.below(40)));
+    }
+    for (int32_t i = 0; i < 40; ++i) tokens.push_back(1000 + i);
+    Tree tree(nodes);
+    int32_t root = 5;
+    int32_t base = 17;
+    backend->build_static_tree(tree.view, {parents.data(), candidates.data()}, tokens.data(),
+                               {&root, &base});
+    CHECK(tree.parents == parents);
+    CHECK(tree.base == 17);
+    for (int32_t i = 0; i < nodes; ++i) {
+      const auto at = static_cast<size_t>(i);
+      CHECK(tree.tokens[at] == (i == 0 ? 5 : 1000 + candidates[at]));
+      CHECK(tree.slots[at] == 17 + i);
+      CHECK(tree.prefix[at] == 17);
+      std::set<int> path;
+      for (int32_t j = i; j >= 0; j = parents[static_cast<size_t>(j)]) path.insert(j);
+      CHECK(set_bits(tree.ancestors.data() + i * tree.words, tree.words) == path);
+      CHECK(tree.positions[at] == 17 + static_cast<int32_t>(path.size()) - 1);
+    }
+  }
+}
+
 TEST_CASE("an empty pool gives the root alone") {
   const auto backend = make_cpu_backend(1);
   Tree tree(1);

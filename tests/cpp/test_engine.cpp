@@ -118,17 +118,21 @@ TEST_CASE("a prompt that continues the previous sequence reuses its KV cache") {
 }
 
 TEST_CASE("a steady step allocates nothing") {
-  Engine engine(tiny_options("allocation", {3, 4, 12}));
-  engine.load();
-  for (const float temperature : {0.0f, 1.0f}) {
-    for (const Method method : {Method::kPlain, Method::kEagle2}) {
-      Request request = make_request(method, temperature);
-      request.sampling.top_k = temperature > 0.0f ? 50 : 0;
-      request.sampling.top_p = temperature > 0.0f ? 0.9f : 1.0f;
-      engine.start(kPrompt, request);
-      const int64_t before = allocation_count.load();
-      while (!engine.finished()) engine.step();
-      CHECK(allocation_count.load() == before);
+  for (const Method drafted : {Method::kEagle2, Method::kMedusa}) {
+    EngineOptions options = tiny_options("allocation", {3, 4, 12});
+    if (drafted == Method::kMedusa) options.drafter = test::write_tiny_medusa("allocation_medusa");
+    Engine engine(options);
+    engine.load();
+    for (const float temperature : {0.0f, 1.0f}) {
+      for (const Method method : {Method::kPlain, drafted}) {
+        Request request = make_request(method, temperature);
+        request.sampling.top_k = temperature > 0.0f ? 50 : 0;
+        request.sampling.top_p = temperature > 0.0f ? 0.9f : 1.0f;
+        engine.start(kPrompt, request);
+        const int64_t before = allocation_count.load();
+        while (!engine.finished()) engine.step();
+        CHECK(allocation_count.load() == before);
+      }
     }
   }
 }

@@ -30,14 +30,20 @@ class FolderWriter {
     std::filesystem::create_directories(folder_);
   }
 
-  std::vector<float> normal(const std::string& name, std::vector<int64_t> shape, float scale,
+  std::vector<float> normal(const std::string& name, const std::vector<int64_t>& shape, float scale,
                             float mean = 0.0f) {
+    std::vector<float> values = random(shape, scale, mean);
+    tensor(name, shape, values);
+    return values;
+  }
+
+  // The values that normal() would write.
+  std::vector<float> random(const std::vector<int64_t>& shape, float scale, float mean = 0.0f) {
     std::normal_distribution<float> noise(mean, scale);
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     std::vector<float> values(static_cast<size_t>(count));
     for (float& value : values) value = noise(random_);
-    tensor(name, shape, values);
     return values;
   }
 
@@ -67,6 +73,22 @@ class FolderWriter {
 
   std::string finish(const TinySizes& s, int64_t layers, bool tied = true) {
     write_config(s, layers, tied);
+    return finish();
+  }
+
+  std::string finish(const nlohmann::json& config) {
+    std::ofstream(folder_ / "config.json") << config.dump();
+    return finish();
+  }
+
+  // No tensors: random weights (runtime/synthetic.h).
+  std::string finish_synthetic(const TinySizes& s, int64_t layers) {
+    write_config(s, layers, false, {{"frspec_synthetic_seed", 1}, {"torch_dtype", "bfloat16"}});
+    return folder_.string();
+  }
+
+ private:
+  std::string finish() {
     std::string header = header_.dump();
     header.resize((header.size() + 7) / 8 * 8, ' ');
     const uint64_t size = header.size();
@@ -77,13 +99,6 @@ class FolderWriter {
     return folder_.string();
   }
 
-  // No tensors: random weights (runtime/synthetic.h).
-  std::string finish_synthetic(const TinySizes& s, int64_t layers) {
-    write_config(s, layers, false, {{"frspec_synthetic_seed", 1}, {"torch_dtype", "bfloat16"}});
-    return folder_.string();
-  }
-
- private:
   void write_config(const TinySizes& s, int64_t layers, bool tied,
                     const nlohmann::json& more = nlohmann::json::object()) {
     nlohmann::json config = {{"architectures", {"LlamaForCausalLM"}},
@@ -162,6 +177,63 @@ inline std::string write_predictable_drafter(const std::string& name, const Tiny
   writer.tensor("fc.weight", {s.hidden, 2 * s.hidden}, fc);
   writer.decoder_layer("layers.0.", s, false, 0.4f);
   return writer.finish(s, 1);
+}
+
+// Medusa heads in the layout of FasterDecoding/Medusa.
+struct TinyMedusa {
+  int64_t heads = 4;
+  int64_t layers = 1;
+  std::string prefix;         // of the tensors' names
+  int64_t claimed_heads = 0;  // by the config; 0: as many as there are
+};
+
+// The folder of heads whose LM heads lm_head(h) gives.
+template <typename LmHead>
+std::string write_medusa(FolderWriter& writer, const TinySizes& s, const TinyMedusa& medusa,
+                         const LmHead& lm_head) {
+  const float scale = 0.3f / std::sqrt(static_cast<float>(s.hidden));
+  for (int64_t h = 0; h < medusa.heads; ++h) {
+    const std::string head = medusa.prefix + std::to_string(h) + ".";
+    for (int64_t layer = 0; layer < medusa.layers; ++layer) {
+      const std::string block = head + std::to_string(layer) + ".linear.";
+      writer.normal(block + "weight", {s.hidden, s.hidden}, scale);
+      writer.normal(block + "bias", {s.hidden}, 0.1f);
+    }
+    writer.tensor(head + std::to_string(medusa.layers) + ".weight", {s.vocab, s.hidden},
+                  lm_head(h));
+  }
+  const int64_t claimed = medusa.claimed_heads == 0 ? medusa.heads : medusa.claimed_heads;
+  return writer.finish({{"medusa_num_heads", claimed},
+                        {"medusa_num_layers", medusa.layers},
+                        {"base_model_name_or_path", "somebody/model"}});
+}
+
+inline std::string write_tiny_medusa(const std::string& name, const TinySizes& s = {},
+                                     const TinyMedusa& medusa = {}) {
+  FolderWriter writer(name, 9);
+  return write_medusa(writer, s, medusa, [&](int64_t) {
+    return writer.random({s.vocab, s.hidden}, 0.3f);
+  });
+}
+
+// Heads that know the predictable target: from the feature after token t, head h expects the token
+// that comes h + 2 steps of t to 3 t + 1 later.
+inline std::string write_predictable_medusa(const std::string& name, const TinySizes& s,
+                                            const TinyMedusa& medusa = {}) {
+  const auto embedding = FolderWriter(name, 7).random({s.vocab, s.hidden}, 1.0f);
+  FolderWriter writer(name, 9);
+  return write_medusa(writer, s, medusa, [&](int64_t h) {
+    std::vector<float> head(embedding.size());
+    for (int64_t token = 0; token < s.vocab; ++token) {
+      int64_t next = token;
+      for (int64_t step = 0; step < h + 2; ++step) next = (3 * next + 1) % s.vocab;
+      for (int64_t i = 0; i < s.hidden; ++i) {
+        head[static_cast<size_t>(next * s.hidden + i)] =
+            0.1f * embedding[static_cast<size_t>(token * s.hidden + i)];
+      }
+    }
+    return head;
+  });
 }
 
 // A ranking of all token ids, each third one first.

@@ -133,7 +133,7 @@ TEST_CASE("number_rows numbers the last positions") {
   }
 }
 
-TEST_CASE("fill_rows and multiply_silu are elementwise") {
+TEST_CASE("fill_rows, multiply_silu and add_silu are elementwise") {
   Stream stream;
   Random random(3);
   for (const DType dtype : kElementTypes) {
@@ -171,6 +171,27 @@ TEST_CASE("fill_rows and multiply_silu are elementwise") {
       }
     }
     CHECK(worst <= 1.0);
+    DeviceMatrix sum(dtype, 3, 40, random, 1.0f, 8);
+    before.clear();
+    for (int64_t r = 0; r < 3; ++r) before.emplace_back(sum.row(r), sum.row(r) + 48);
+    add_silu(sum.tensor(), gate.tensor(), stream);
+    sum.download(stream);
+    worst = 0;
+    for (int64_t r = 0; r < 3; ++r) {
+      for (int64_t i = 0; i < 48; ++i) {
+        const double old = before[static_cast<size_t>(r)][static_cast<size_t>(i)];
+        if (i >= 40) {
+          CHECK(sum.row(r)[i] == old);  // nothing behind the row
+          continue;
+        }
+        const double g = gate.row(r)[i];
+        const double want = old + g / (1 + std::exp(-g));
+        worst = std::max(
+            worst, std::fabs(want - sum.row(r)[i]) / (std::fabs(want) * epsilon(dtype) + 1e-5));
+      }
+    }
+    CHECK(worst <= 1.0);
+    CHECK_THROWS_AS(add_silu(sum.tensor(), gate.tensor().row_slice(0, 2), stream), Error);
   }
 }
 

@@ -193,6 +193,39 @@ TEST_CASE("growing, building and walking a tree equal the CPU's") {
   check_draft(3, 64, 256, false);
 }
 
+TEST_CASE("a tree of fixed shape equals the CPU's") {
+  const auto cpu = cpu::make_cpu_backend(1);
+  Stream stream;
+  Random random(3);
+  for (const int nodes : {1, 2, 60, 63, 64, 65, 256}) {
+    CAPTURE(nodes);
+    Draft d(4, 10, nodes);
+    const auto host = [&](auto type, size_t field) { return d.memory.host<decltype(type)>(field); };
+    const auto device = [&](auto type, size_t field) {
+      return d.memory.device<decltype(type)>(field);
+    };
+    // The draft's scratch arrays hold the shape and the candidates.
+    const auto shape = [&](const auto& at) {
+      return StaticTree{at(int32_t{}, d.selected), at(int32_t{}, d.chosen)};
+    };
+    host(int32_t{}, d.root)[0] = 5;
+    host(int32_t{}, d.root)[1] = 170;
+    host(int32_t{}, d.selected)[0] = -1;
+    for (int32_t i = 0; i < nodes; ++i) {
+      if (i > 0) host(int32_t{}, d.selected)[i] = static_cast<int32_t>(random.below(i));
+      host(int32_t{}, d.chosen)[i] = static_cast<int32_t>(random.below(40));
+    }
+    for (int32_t i = 0; i < 40; ++i) host(int32_t{}, d.pool_tokens)[i] = 1000 + i;
+    d.memory.upload();
+    cpu->build_static_tree(d.tree(host), shape(host), host(int32_t{}, d.pool_tokens),
+                           d.tree_root(host));
+    build_static_tree(d.tree(device), shape(device), device(int32_t{}, d.pool_tokens),
+                      d.tree_root(device), stream);
+    CHECK(d.memory.same(stream));
+    CHECK(host(int32_t{}, d.tokens)[0] == 5);
+  }
+}
+
 TEST_CASE("an empty pool gives the root alone") {
   Stream stream;
   Draft d(1, 1, 1);
@@ -213,6 +246,7 @@ TEST_CASE("trees that cannot be are refused") {
   DraftTree tree;
   tree.nodes = kMaxTreeNodes + 1;
   CHECK_THROWS_AS(build_tree(tree, {}, {}, stream), Error);
+  CHECK_THROWS_AS(build_static_tree(tree, {}, nullptr, {}, stream), Error);
   tree.nodes = 3;
   CHECK_THROWS_AS(build_tree(tree, {}, {}, stream), Error);  // from no candidates
   DraftLevel level;

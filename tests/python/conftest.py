@@ -12,6 +12,7 @@ import pytest
 from reference import tiny
 from reference.eagle import Eagle
 from reference.llama import Llama
+from reference.medusa import Medusa
 from reference.storage import write_safetensors
 
 
@@ -57,6 +58,15 @@ class TinyModels:
             return own, Eagle.load(own, target)
 
         return self._once(("drafter", repr(model), drafter), make)
+
+    def medusa(self, model: tiny.TinyModel, heads: tiny.TinyMedusa) -> tuple[Path, Medusa]:
+        folder, target = self.target(model)
+
+        def make(own: Path):
+            tiny.write_medusa(own, model, folder, heads)
+            return own, Medusa.load(own, target)
+
+        return self._once(("medusa", repr(model), heads), make)
 
     def ranking(self, model: tiny.TinyModel) -> RankingFile:
         """Ranks the tokens that the model tends to write first."""
@@ -153,7 +163,10 @@ def new_generator() -> Callable[..., object]:
 
 @pytest.fixture
 def new_tiny_generator(tiny_models):
-    """new(model, drafter=None, vocab_size=None, tree=(depth, topk, tokens), **options)."""
+    """new(model, drafter=None, vocab_size=None, tree=(depth, topk, tokens), **options).
+
+    drafter: a TinyDrafter or a TinyMedusa.
+    """
 
     def new(model: tiny.TinyModel, drafter=None, vocab_size=None, tree=None, **options):
         import frspec
@@ -162,7 +175,9 @@ def new_tiny_generator(tiny_models):
             model = model.with_(tokenizer=True)  # rankings are checked against the tokenizer
         folder, _ = tiny_models.target(model)
         if drafter is not None:
-            options["drafter"] = str(tiny_models.drafter(model, drafter)[0])
+            medusa = isinstance(drafter, tiny.TinyMedusa)
+            find = tiny_models.medusa if medusa else tiny_models.drafter
+            options["drafter"] = str(find(model, drafter)[0])
         if vocab_size is not None:
             options["ranking"] = str(tiny_models.ranking(model).path)
             options["vocab_size"] = vocab_size

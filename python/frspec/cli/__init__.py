@@ -21,7 +21,7 @@ from . import chat, evaluate, generate, info, make_synthetic
 _COMMANDS = (
     ("generate", "write one continuation or answer", generate),
     ("chat", "talk with a model", chat),
-    ("convert", "turn a GGUF, PyTorch or EAGLE checkpoint into a model folder", convert),
+    ("convert", "turn a GGUF, PyTorch, EAGLE or Medusa checkpoint into a folder", convert),
     ("rank-tokens", "rank a vocabulary by frequency, for --vocab-size", ranking),
     ("eval", "the paper's evaluations: Spec-Bench, HumanEval, GSM8K", evaluate),
     ("info", "memory plan of a model, and what this build supports", info),

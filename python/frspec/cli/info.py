@@ -92,7 +92,7 @@ def _describe_model(args: argparse.Namespace, devices: list[dict[str, Any]]) -> 
             "vocab_size": engine.vocab_size,
             "dtype": engine.dtype,
             "step_bytes": engine.step_bytes,
-            "draft_vocab_size": engine.draft_vocab_size if engine.has_drafter else None,
+            "draft_vocab_size": engine.draft_vocab_size or None,
         },
         "memory": {
             "device": engine.device,

@@ -28,11 +28,12 @@ def convert(
 ) -> Path:
     """Writes the checkpoint `source` as the folder `out` and returns the folder to load.
 
-    `source` is a GGUF file, a folder or file of PyTorch weights, an EAGLE checkpoint, a Hugging
-    Face folder, or a hub id of one of these. A folder that loads as it is is not copied: it is
-    returned itself, and `note` says so (unless `dtype` asks for other weights).
+    `source` is a GGUF file, a folder or file of PyTorch weights, an EAGLE or Medusa checkpoint, a
+    Hugging Face folder, or a hub id of one of these. A folder that loads as it is is not copied: it
+    is returned itself, and `note` says so (unless `dtype` asks for other weights).
 
-    target:   the model an EAGLE checkpoint drafts for, a folder or hub id.
+    target:   the model an EAGLE or Medusa checkpoint drafts for, a folder or hub id. Of a whole
+              model with Medusa heads the heads are written if it is given, else the model.
     dtype:    "bf16", "fp16" or "fp32"; None keeps the checkpoint's (bf16 for a quantised one).
     progress: called with bytes written, bytes in all, and the tensor's name.
     note:     called with remarks for the user; they are logged when it is None.
@@ -41,6 +42,7 @@ def convert(
     Raises ConversionError, ModelError or HubError; `out` is then as it was before.
     """
     # The readers import the gguf and tokenizers packages, which `frspec --help` need not wait for.
+    from frspec.convert import medusa
     from frspec.convert.eagle import convert_eagle, is_eagle, loads_as_it_is
     from frspec.convert.gguf_model import convert_gguf
     from frspec.convert.huggingface import convert_huggingface
@@ -55,12 +57,17 @@ def convert(
     gguf = _gguf_file(folder_or_file)
     checkpoint = None if gguf is not None else open_checkpoint(folder_or_file)
     eagle = checkpoint is not None and is_eagle(checkpoint.tensors)
-    if target_folder is not None and not eagle:
+    heads = checkpoint is not None and medusa.is_medusa(checkpoint.tensors)
+    if target_folder is not None and not eagle and not heads:
         raise ConversionError(
-            f"{source}: expected an EAGLE checkpoint (with fc.weight) since a target is named, "
-            "found another model"
+            f"{source}: expected an EAGLE checkpoint (with fc.weight) or Medusa heads (with "
+            "0.0.linear.weight) since a target is named, found another model"
         )
-    if checkpoint is not None and word is None and loads_as_it_is(checkpoint):
+    if heads and target_folder is None and medusa.has_whole_model(checkpoint.tensors):
+        note("the Medusa heads are left out: with --target they are converted, as a drafter")
+        checkpoint, heads = medusa.without_heads(checkpoint), False
+    as_it_is = medusa.loads_as_it_is if heads else loads_as_it_is
+    if checkpoint is not None and word is None and as_it_is(checkpoint):
         note(f"{source} loads as it is: nothing to convert")
         return checkpoint.folder
     sources = [folder_or_file] + ([] if target_folder is None else [target_folder])
@@ -69,6 +76,8 @@ def convert(
         notes = convert_gguf(gguf, out, word, progress)
     elif eagle:
         notes = convert_eagle(checkpoint, out, target_folder, word, progress)
+    elif heads:
+        notes = medusa.convert_medusa(checkpoint, out, target_folder, word, progress)
     else:
         notes = convert_huggingface(checkpoint, out, word, progress)
     for text in notes:

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `frspec convert`."""
     parser.description = (
         "Turns weights from anywhere into a folder that --model or --drafter loads: GGUF files of"
-        " llama and qwen2 architecture, PyTorch .bin/.pt files, EAGLE checkpoints. Hugging Face"
-        " folders with safetensors load as they are."
+        " llama and qwen2 architecture, PyTorch .bin/.pt files, EAGLE and Medusa checkpoints."
+        " Hugging Face folders with safetensors load as they are."
     )
     parser.add_argument(
         "source", metavar="SRC", help="file, folder or hub id (owner/name) to convert"
@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         metavar="DIR|HUB",
-        help="for an EAGLE checkpoint: the model it drafts for; the drafter's own embedding is"
-        " dropped when it equals the target's",
+        help="for an EAGLE or Medusa checkpoint: the model it drafts for; an EAGLE drafter's own"
+        " embedding is dropped when it equals the target's; needed for the Medusa heads of a whole"
+        " model",
     )
     parser.add_argument(
         "--dtype",

@@ -1,4 +1,4 @@
-"""Tiny random models in the layouts of Hugging Face and SafeAILab/EAGLE, one per family.
+"""Tiny random models in the layouts of Hugging Face, SafeAILab/EAGLE and FasterDecoding/Medusa.
 
 The weights are random but shaped so that the models are worth decoding: rows of the embedding
 and of the head have very different lengths, as frequent and rare tokens do, which spreads the
@@ -19,6 +19,7 @@ import numpy as np
 
 from reference.eagle import Eagle
 from reference.llama import Llama
+from reference.medusa import Medusa
 from reference.storage import encode, read_folder, write_safetensors
 
 
@@ -315,6 +316,65 @@ def fit_last_projection(eagle: Eagle, sample: np.ndarray) -> None:
     ridge = 0.02 * len(x) * (gated**2).mean() * np.eye(gated.shape[1])
     solved = np.linalg.solve(gated.T @ gated + ridge, gated.T @ (features[1:] - x))
     eagle.weights[last.prefix + "mlp.down_proj.weight"] = solved.T
+
+
+@dataclass(frozen=True)
+class TinyMedusa:
+    """Medusa heads for a tiny target. noise: as of TinyDrafter."""
+
+    heads: int = 4
+    layers: int = 1
+    noise: float = 0.05
+    dtype: str = "float32"
+    seed: int = 7
+
+
+def write_medusa(folder: Path, model: TinyModel, target: Path, medusa: TinyMedusa) -> Path:
+    """Write a folder of heads for the target that `write_model` put into `target`.
+
+    The residual blocks are random; each LM head is the target's after the linear map that fits best
+    from what the blocks give to the feature that comes as many tokens later.
+    """
+    rng = np.random.default_rng([medusa.seed, model.hidden])
+    llama = Llama.load(target)
+    d = model.hidden
+    features = continued_features(llama, own_text(llama, rng, rows=256), medusa.heads)
+    config = {"medusa_num_heads": medusa.heads, "medusa_num_layers": medusa.layers}
+    weights: dict[str, np.ndarray] = {}
+    heads = Medusa(config, weights, llama)
+    for head in range(medusa.heads):
+        for layer in range(medusa.layers):
+            name = f"{head}.{layer}.linear"
+            weights[f"{name}.weight"] = rng.normal(size=(d, d)) * 0.7 / np.sqrt(d)
+            weights[f"{name}.bias"] = 0.3 * rng.normal(size=d)
+        x = heads.hidden(head, features[0])
+        ridge = 0.02 * len(x) * (x**2).mean() * np.eye(d)
+        fitted = np.linalg.solve(x.T @ x + ridge, x.T @ features[head + 1])
+        weights[f"{head}.{medusa.layers}.weight"] = llama.head @ fitted.T
+    for name, values in weights.items():
+        if values.ndim == 2:
+            weights[name] = values + medusa.noise * values.std() * rng.normal(size=values.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, weights, medusa.dtype, 1)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+def continued_features(target: Llama, sample: np.ndarray, steps: int) -> list[np.ndarray]:
+    """Features of every row of `sample`, then of 1 ... `steps` likeliest tokens behind each row."""
+    rows = len(sample)
+    tokens, positions = np.asarray(sample), np.arange(rows)
+    visible = np.tri(rows, dtype=bool)
+    found = []
+    for step in range(steps + 1):
+        logits, features = target.forward(tokens, positions, visible)
+        found.append(features[-rows:])
+        tokens = np.concatenate([tokens, logits[-rows:].argmax(1)])
+        positions = np.concatenate([positions, np.arange(rows) + step + 1])
+        visible = np.pad(visible, ((0, rows), (0, rows)))
+        visible[-rows:] = visible[-2 * rows : -rows]
+        visible[-rows:, -rows:] |= np.eye(rows, dtype=bool)
+    return found
 
 
 def frequent_tokens(target: Llama) -> np.ndarray:
