@@ -58,10 +58,11 @@ FRSPEC_HOST_DEVICE inline void relink_node(const DraftTree& tree, const Plant& p
     own[at / 64] |= uint64_t{1} << (at % 64);
     ++depth;
   }
-  // A node that hangs below the end of the chain may be deeper than any draft.
-  const int32_t position = *tree.base + (depth < plant.depth ? depth : plant.depth);
-  tree.positions[node] = position;
+  const int32_t position = *tree.base + depth;
   const bool right = position < plant.length && tree.tokens[node] == plant.recorded[position];
+  // A node that hangs below the end of the chain may be deeper than any draft: nothing has room for
+  // such a position.
+  tree.positions[node] = *tree.base + (depth < plant.depth ? depth : plant.depth);
   if (node > plant.depth && right) tree.tokens[node] = (tree.tokens[node] + 1) % plant.vocab;
 }
 

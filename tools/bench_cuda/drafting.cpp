@@ -15,7 +15,6 @@ constexpr int64_t kObserved = 64;
 
 struct Draft {
   Eagle eagle;
-  std::vector<int32_t> sub_vocab;  // empty: the full vocabulary
   DraftTree tree;
 };
 
@@ -30,12 +29,8 @@ class DraftBench {
     const TreeShape shape = bench.settings.tree;
     for (const auto& sub_vocab : {frequent, std::vector<int32_t>{}}) {
       for (const int depth : {1, shape.depth}) {
-        drafts_.push_back(std::make_unique<Draft>());
-        Draft& draft = *drafts_.back();
-        draft.eagle.config = bench.drafter;
-        draft.eagle.config.vocab_size = config.vocab_size;
-        draft.eagle.shape = {depth, shape.topk, shape.tokens};
-        draft.sub_vocab = sub_vocab;
+        Eagle eagle(bench.settings.drafter, config, sub_vocab, {depth, shape.topk, shape.tokens});
+        drafts_.push_back(std::make_unique<Draft>(Draft{std::move(eagle), {}}));
       }
     }
     Arena planning;
@@ -93,8 +88,7 @@ class DraftBench {
     if (!arena.planning()) backend_->fill_linear(head, 1);
     target_.embedding = head;
     for (const auto& draft : drafts_) {
-      draft->eagle.layout(*backend_, arena, nullptr, target_, draft->sub_vocab, kContext,
-                          kObserved);
+      draft->eagle.layout(*backend_, arena, target_, kContext, kObserved);
       layout_tree(arena, draft->tree, draft->eagle.tree_nodes());
     }
     features_ = arena.take_tensor("features", kType, kObserved, config.hidden_size);
