@@ -442,6 +442,7 @@ __device__ __forceinline__ void finish_head(const AttentionParams& p, int row, i
     if (d >= p.head_dim) continue;
     *reinterpret_cast<uint32_t*>(to + d) = pack_pair<T>(out[c].x / sum, out[c].y / sum);
   }
+  __syncwarp();  // the weights may be overwritten
 }
 
 // grid: (n, K). The block fetches the keys and values of a row's own positions at once; then each

@@ -201,6 +201,7 @@ void CudaBackend::synchronize() {
 }
 
 void CudaBackend::mark(int stamp) {
+  choose_device();
   check(cudaEventRecordWithFlags(*marks_[stamp], stream_,
                                  recording_ ? cudaEventRecordExternal : cudaEventRecordDefault),
         "recording a time stamp");

@@ -25,6 +25,9 @@ bool is_final(cudaError_t error) {
   }
 }
 
+// Static and dynamic shared memory that a kernel may have without asking.
+constexpr size_t kUnaskedSharedBytes = size_t{48} << 10;
+
 bool overlap_is_wanted() {
   const char* setting = std::getenv("FRSPEC_PDL");
   return setting == nullptr || std::strcmp(setting, "0") != 0;
@@ -52,9 +55,10 @@ const KernelState& prepare_kernel(KernelState (&states)[kMaxDevices], const void
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), name);
     state.overlaps = attributes.ptxVersion >= kFirstPtxWithOverlap && overlap_is_wanted();
+    state.allowed_bytes = kUnaskedSharedBytes - attributes.sharedSizeBytes;
     state.known = true;
   }
-  if (shared_bytes > state.allowed_bytes) {  // beyond 48 KiB a kernel must ask
+  if (shared_bytes > state.allowed_bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           name);

@@ -37,7 +37,7 @@ struct KernelState {
   // Compiled with dependency_wait(). A kernel that the driver made out of older PTX is not, and
   // must not be started early.
   std::atomic<bool> overlaps{false};
-  std::atomic<size_t> allowed_bytes{size_t{48} << 10};  // of dynamic shared memory
+  std::atomic<size_t> allowed_bytes{0};  // of dynamic shared memory
 };
 constexpr int kMaxDevices = 32;
 

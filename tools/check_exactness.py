@@ -46,7 +46,9 @@ def main() -> int:
         questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
     console = Console(stderr=True)
 
-    def write(generator: frspec.Generator, question: str, temperature: float, method: str):
+    def write(
+        generator: frspec.Generator, question: str, temperature: float, method: str | None = None
+    ):
         return generator.generate(
             [{"role": "user", "content": question}],
             max_new_tokens=args.max_new_tokens,
@@ -80,7 +82,7 @@ def main() -> int:
                 key = (index, temperature)
                 if key not in plain:
                     plain[key] = write(generator, question, temperature, "plain").token_ids
-                result = write(generator, question, temperature, "eagle2")
+                result = write(generator, question, temperature)
                 tokens += sum(result.accept_lengths)
                 rounds += len(result.accept_lengths)
                 if result.token_ids != plain[key]:

@@ -168,7 +168,7 @@ json measure(const Options& options, size_t number, bool first) {
   plain.max_new_tokens = options.new_tokens + 1;
   plain.ignore_eos = true;
   Request drafted = plain;
-  drafted.method = Method::kEagle2;
+  drafted.method = engine.draft_method();
 
   const std::vector<int32_t> text = generate(engine, prompt, plain, nullptr);
   if (engine_options.plant && drafts) {
@@ -215,7 +215,8 @@ json measure(const Options& options, size_t number, bool first) {
                  {"plain", describe(plain_samples)}};
   result["plain"]["share_of_floor"] = share;
   if (drafts) {
-    const std::string name = "EAGLE-2, " + (size == "full" ? "full vocabulary" : size + " tokens");
+    const char* method = engine.draft_method() == Method::kMedusa ? "Medusa, " : "EAGLE-2, ";
+    const std::string name = method + (size == "full" ? "full vocabulary" : size + " tokens");
     print_row(name.c_str(), drafted_samples, quantile(speed_ups, 0.5), 0.0);
     std::printf("%24s verification %.3f x one token; text %s\n", "", verify_ratio,
                 same ? "the same" : "DIFFERENT");
@@ -287,7 +288,7 @@ int main(int argc, char** argv) {
   frspec::Options options;
   CLI::App app{"Measures plain and speculative decoding, part by part.", "frspec-bench"};
   app.add_option("--model", options.model, "model folder")->required();
-  app.add_option("--drafter", options.drafter, "EAGLE drafter of the model");
+  app.add_option("--drafter", options.drafter, "EAGLE or Medusa drafter of the model");
   app.add_option("--ranking", options.ranking, "ranking file, for sub-vocabularies");
   app.add_option("--vocab-sizes", options.vocab_sizes, "columns of the draft head, or full");
   app.add_option("--tree", options.tree, "depth, topk and tokens of the draft tree")->expected(3);

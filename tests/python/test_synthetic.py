@@ -52,8 +52,8 @@ def test_the_weights_come_from_the_seed(synthetic, tmp_path) -> None:
     text = generate(synthetic)
     assert text == generate(synthetic)
     assert len(set(text)) > 1  # not the same token over and over
-    drafted = generate(synthetic, drafter=synthetic / "drafter")
-    assert drafted == text
+    for drafter in ("drafter", "medusa"):
+        assert generate(synthetic, drafter=synthetic / drafter) == text
     config = synthetic / "config.json"
     done = run_frspec("make-synthetic", "--config", config, "--seed", 2, tmp_path / "other")
     assert done.returncode == 0
@@ -62,6 +62,7 @@ def test_the_weights_come_from_the_seed(synthetic, tmp_path) -> None:
 
 def test_folder(synthetic) -> None:
     assert sorted(path.name for path in synthetic.rglob("*.*")) == [
+        "config.json",
         "config.json",
         "config.json",
         "ranking.safetensors",
@@ -135,6 +136,18 @@ def test_bench_plants_accept_lengths(synthetic, tmp_path) -> None:
         assert drafted["accept_length"] == pytest.approx(accept_length, abs=0.35)
         for part in ("round_ms", "draft_ms", "verify_ms", "prefill_ms"):
             assert 0 < drafted[part]["p10"] <= drafted[part]["median"] <= drafted[part]["p90"]
+
+
+def test_bench_runs_medusa(synthetic, tmp_path) -> None:
+    report = tmp_path / "report.json"
+    done = bench(
+        *("--model", synthetic, "--drafter", synthetic / "medusa", "--tree", 4, 5, 20),
+        *("--ranking", synthetic / "ranking.safetensors", "--vocab-sizes", "full", 128),
+        *("--prompt-tokens", 20, "--new-tokens", 20, "--repeats", 1, "--json", report),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Medusa, 128 tokens" in done.stdout
+    assert all(run["drafted"]["same_text"] for run in json.loads(report.read_text())["runs"])
 
 
 def test_bench_refusals(synthetic, tmp_path) -> None:

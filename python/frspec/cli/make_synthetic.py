@@ -76,6 +76,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+_MEDUSA_HEADS = 5  # as trained in the paper (arXiv 2401.10774, section 3)
+
 _EPILOG = """\
 examples:
   frspec make-synthetic --config llama-3-8b ./synthetic
@@ -88,9 +90,10 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `frspec make-synthetic`."""
     parser.description = (
-        "Writes a folder of a model of true shape, with an EAGLE drafter in OUT/drafter and a"
-        " ranking, whose weights are random and are made on the device when it is loaded. What it"
-        " writes means nothing; how long each step takes is what a model of that shape takes."
+        "Writes a folder of a model of true shape, with an EAGLE drafter in OUT/drafter, Medusa"
+        " heads in OUT/medusa and a ranking, whose weights are random and are made on the device"
+        " when it is loaded. What it writes means nothing; how long each step takes is what a model"
+        " of that shape takes."
     )
     parser.epilog = _EPILOG
     parser.add_argument(
@@ -117,6 +120,17 @@ def run(args: argparse.Namespace) -> int:
         _write_json(stage / "config.json", config)
         (stage / "drafter").mkdir()
         _write_json(stage / "drafter" / "config.json", config | {"num_hidden_layers": 1})
+        (stage / "medusa").mkdir()
+        _write_json(
+            stage / "medusa" / "config.json",
+            {
+                "medusa_num_heads": _MEDUSA_HEADS,
+                "medusa_num_layers": 1,
+                "hidden_size": config["hidden_size"],
+                "vocab_size": config["vocab_size"],
+                "frspec_synthetic_seed": args.seed,
+            },
+        )
         # Which tokens are frequent means nothing here either: the lowest ids.
         counts = np.arange(config["vocab_size"], 0, -1, dtype=np.int64)
         Ranking.from_counts(
@@ -138,8 +152,9 @@ def _read_config(name: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
-        raise ModelError(f"{path}: expected a model's config with a vocab_size, found none")
+    for key in ("vocab_size", "hidden_size"):
+        if not isinstance(config, dict) or not isinstance(config.get(key), int):
+            raise ModelError(f"{path}: expected a model's config with a {key}, found none")
     return config
 
 
