@@ -171,17 +171,25 @@ FRSPEC_HOST_DEVICE inline void write_tree_node(const DraftTree& tree, const Draf
   if (node == 0) *tree.base = *root.base;
 }
 
-// Node `node` of a tree of fixed shape. tokens: of the candidates.
-FRSPEC_HOST_DEVICE inline void write_static_node(const DraftTree& tree, const StaticTree& shape,
-                                                 const int32_t* tokens, const TreeRoot& root,
+// Marks a node's ancestors, itself included, going up by parents[node], -1 of the root. Returns its
+// depth.
+FRSPEC_HOST_DEVICE inline int32_t mark_ancestors(const DraftTree& tree, const int32_t* parents,
                                                  int32_t node) {
   uint64_t* own = tree.ancestors + node * tree.ancestor_words;
   for (int64_t word = 0; word < tree.ancestor_words; ++word) own[word] = 0;
   int32_t depth = -1;
-  for (int32_t at = node; at >= 0; at = shape.parents[at]) {
+  for (int32_t at = node; at >= 0; at = parents[at]) {
     own[at / 64] |= uint64_t{1} << (at % 64);
     ++depth;
   }
+  return depth;
+}
+
+// Node `node` of a tree of fixed shape. tokens: of the candidates.
+FRSPEC_HOST_DEVICE inline void write_static_node(const DraftTree& tree, const StaticTree& shape,
+                                                 const int32_t* tokens, const TreeRoot& root,
+                                                 int32_t node) {
+  const int32_t depth = mark_ancestors(tree, shape.parents, node);
   tree.tokens[node] = node == 0 ? *root.token : tokens[shape.candidates[node]];
   tree.parents[node] = shape.parents[node];
   tree.positions[node] = *root.base + depth;

@@ -51,13 +51,7 @@ FRSPEC_HOST_DEVICE inline void plant_node(const DraftTree& tree, const Plant& pl
 // path could be longer than a draft is deep.
 FRSPEC_HOST_DEVICE inline void relink_node(const DraftTree& tree, const Plant& plant,
                                            int32_t node) {
-  uint64_t* own = tree.ancestors + node * tree.ancestor_words;
-  for (int64_t word = 0; word < tree.ancestor_words; ++word) own[word] = 0;
-  int32_t depth = -1;
-  for (int32_t at = node; at >= 0; at = tree.parents[at]) {
-    own[at / 64] |= uint64_t{1} << (at % 64);
-    ++depth;
-  }
+  const int32_t depth = mark_ancestors(tree, tree.parents, node);
   const int32_t position = *tree.base + depth;
   const bool right = position < plant.length && tree.tokens[node] == plant.recorded[position];
   // A node that hangs below the end of the chain may be deeper than any draft: nothing has room for

@@ -6,13 +6,13 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "backend.h"
 #include "cpu/convert.h"
 #include "cpu/cpu_backend.h"
+#include "random.h"
 
 namespace frspec::cpu {
 
@@ -49,19 +49,7 @@ class TestBackend {
   size_t bytes_ = 0;
 };
 
-class Random {
- public:
-  explicit Random(uint32_t seed) : engine_(seed) {}
-  float normal(float scale = 1.0f) { return scale * normal_(engine_); }
-  int64_t below(int64_t bound) {
-    return static_cast<int64_t>(engine_() % static_cast<uint64_t>(bound));
-  }
-  double uniform() { return std::uniform_real_distribution<double>()(engine_); }
-
- private:
-  std::mt19937_64 engine_;
-  std::normal_distribution<float> normal_;
-};
+using test::Random;
 
 // A row-major fp32 matrix with room behind each row, so that strides are tested too.
 class Matrix {

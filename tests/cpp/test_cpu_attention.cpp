@@ -5,16 +5,15 @@
 #include <cmath>
 #include <numeric>
 
+#include "attention_reference.h"
 #include "cpu_test_support.h"
 
 namespace frspec::cpu {
 namespace {
 
-struct Shape {
-  int64_t query_heads;
-  int64_t heads;
-  int64_t head_dim;
-};
+using Shape = test::AttentionShape;
+using View = test::AttentionView;
+using test::random_paths;
 
 constexpr Shape kShapes[] = {{2, 2, 8},   {6, 2, 24}, {9, 3, 64},
                              {14, 2, 64}, {4, 4, 80}, {8, 1, 128}};
@@ -28,74 +27,14 @@ WorkspaceLimits limits_for(const Shape& shape, int64_t rows, int64_t visible) {
   return limits;
 }
 
-// Which slots a row sees, in order, and the arrays that say so.
-struct View {
-  std::vector<int32_t> prefix;
-  std::vector<uint64_t> ancestors;
-  int32_t tree_base = 0;
-  int64_t words = 0;
-  int64_t longest = 0;
-  std::vector<std::vector<int32_t>> slots;
-
-  void add(int32_t prefix_length, const std::vector<int32_t>& bits) {
-    prefix.push_back(prefix_length);
-    ancestors.resize(ancestors.size() + static_cast<size_t>(words), 0);
-    std::vector<int32_t> row(static_cast<size_t>(prefix_length));
-    std::iota(row.begin(), row.end(), 0);
-    uint64_t* own = ancestors.data() + ancestors.size() - static_cast<size_t>(words);
-    for (const int32_t bit : bits) {
-      own[bit / 64] |= uint64_t{1} << (bit % 64);
-      row.push_back(tree_base + bit);
-    }
-    longest = std::max(longest, static_cast<int64_t>(row.size()));
-    slots.push_back(row);
-  }
-  Visible visible() const {
-    return {prefix.data(), &tree_base, words > 0 ? ancestors.data() : nullptr, words, longest};
-  }
-};
-
 double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View& view,
                    const Shape& shape) {
   double worst = 0;
-  for (int64_t r = 0; r < q.rows(); ++r) {
-    const std::vector<int32_t>& slots = view.slots[static_cast<size_t>(r)];
-    for (int64_t h = 0; h < shape.query_heads; ++h) {
-      const int64_t head = h / (shape.query_heads / shape.heads);
-      std::vector<double> weight(slots.size());
-      double max = -1e300;
-      for (size_t t = 0; t < slots.size(); ++t) {
-        double score = 0;
-        for (int64_t d = 0; d < shape.head_dim; ++d) {
-          score += double{q.row(r)[h * shape.head_dim + d]} * cache.key(head, slots[t])[d];
-        }
-        weight[t] = score / std::sqrt(static_cast<double>(shape.head_dim));
-        max = std::max(max, weight[t]);
-      }
-      double sum = 0;
-      for (double& value : weight) sum += value = std::exp(value - max);
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        double want = 0;
-        for (size_t t = 0; t < slots.size(); ++t) {
-          want += weight[t] / sum * cache.value(head, slots[t])[d];
-        }
-        worst = std::max(worst, std::fabs(want - out.row(r)[h * shape.head_dim + d]));
-      }
-    }
-  }
+  test::attention_reference(q, cache, view, shape,
+                            [&](int64_t row, int64_t column, double want, double) {
+                              worst = std::max(worst, std::fabs(want - out.row(row)[column]));
+                            });
   return worst;
-}
-
-// A random tree: the path of ancestors of every node, itself included.
-std::vector<std::vector<int32_t>> random_paths(int64_t nodes, Random& random) {
-  std::vector<std::vector<int32_t>> paths;
-  for (int32_t i = 0; i < nodes; ++i) {
-    std::vector<int32_t> path;
-    if (i > 0) path = paths[static_cast<size_t>(random.below(i))];
-    path.push_back(i);
-    paths.push_back(path);
-  }
-  return paths;
 }
 
 }  // namespace

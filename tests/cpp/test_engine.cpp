@@ -10,6 +10,7 @@
 #include <set>
 
 #include "engine.h"
+#include "engine_driver.h"
 #include "tiny_model.h"
 
 namespace {
@@ -38,6 +39,8 @@ void operator delete[](void* memory, size_t) noexcept { std::free(memory); }
 namespace frspec {
 namespace {
 
+using test::generate;
+
 EngineOptions tiny_options(const std::string& name, TreeShape tree) {
   EngineOptions options;
   options.model = test::write_tiny_target(name + "_target");
@@ -51,25 +54,8 @@ EngineOptions tiny_options(const std::string& name, TreeShape tree) {
 
 const std::vector<int32_t> kPrompt = {3, 14, 15, 92, 65, 35, 89, 79};
 
-std::vector<int32_t> generate(Engine& engine, const std::vector<int32_t>& prompt,
-                              const Request& request) {
-  std::vector<int32_t> tokens;
-  engine.start(prompt, request);
-  while (!engine.finished()) {
-    const auto step = engine.step();
-    tokens.insert(tokens.end(), step.begin(), step.end());
-  }
-  return tokens;
-}
-
 Request make_request(Method method, float temperature) {
-  Request request;
-  request.method = method;
-  request.sampling.temperature = temperature;
-  request.sampling.seed = 42;
-  request.max_new_tokens = 60;
-  request.ignore_eos = true;
-  return request;
+  return test::make_request(method, {.temperature = temperature, .seed = 42});
 }
 
 TEST_CASE("speculative output equals plain output") {

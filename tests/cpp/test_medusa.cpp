@@ -5,11 +5,15 @@
 #include <set>
 
 #include "engine.h"
+#include "engine_driver.h"
 #include "medusa_choices.h"
 #include "tiny_model.h"
 
 namespace frspec {
 namespace {
+
+using test::generate;
+using test::make_request;
 
 constexpr test::TinySizes kSizes;
 const std::vector<int32_t> kPrompt = {3, 14, 15, 92, 65, 35, 89, 79};
@@ -25,26 +29,6 @@ EngineOptions medusa_options(const std::string& name, TreeShape tree,
   options.threads = 2;
   options.tree = tree;
   return options;
-}
-
-Request make_request(Method method, const Sampling& sampling = {}) {
-  Request request;
-  request.method = method;
-  request.sampling = sampling;
-  request.max_new_tokens = 60;
-  request.ignore_eos = true;
-  return request;
-}
-
-std::vector<int32_t> generate(Engine& engine, const std::vector<int32_t>& prompt,
-                              const Request& request) {
-  std::vector<int32_t> tokens;
-  engine.start(prompt, request);
-  while (!engine.finished()) {
-    const auto step = engine.step();
-    tokens.insert(tokens.end(), step.begin(), step.end());
-  }
-  return tokens;
 }
 
 double mean_accept_length(const Engine& engine) {

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,6 +20,7 @@
 #include "handles.h"
 #include "kernels.h"
 #include "launch.h"
+#include "random.h"
 
 namespace frspec::cuda {
 
@@ -37,19 +37,7 @@ inline double epsilon(DType dtype) {
   }
 }
 
-class Random {
- public:
-  explicit Random(uint32_t seed) : engine_(seed) {}
-  float normal(float scale = 1.0f) { return scale * normal_(engine_); }
-  int64_t below(int64_t bound) {
-    return static_cast<int64_t>(engine_() % static_cast<uint64_t>(bound));
-  }
-  double uniform() { return std::uniform_real_distribution<double>()(engine_); }
-
- private:
-  std::mt19937_64 engine_;
-  std::normal_distribution<float> normal_;
-};
+using test::Random;
 
 // An array in device memory, of exactly its size, so that the emulation sees an access behind it.
 template <typename T>
@@ -134,22 +122,6 @@ class DeviceMatrix {
 
 inline bool equal_bits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(float)) == 0;
-}
-
-// A random tree: the path of ancestors of every node, itself included, no longer than a draft's.
-inline std::vector<std::vector<int32_t>> random_paths(int64_t nodes, Random& random) {
-  std::vector<std::vector<int32_t>> paths;
-  for (int32_t i = 0; i < nodes; ++i) {
-    std::vector<int32_t> path;
-    if (i > 0) {
-      do {
-        path = paths[static_cast<size_t>(random.below(i))];
-      } while (path.size() > kMaxTreeDepth);
-    }
-    path.push_back(i);
-    paths.push_back(path);
-  }
-  return paths;
 }
 
 }  // namespace frspec::cuda

@@ -2,16 +2,14 @@
 #include <algorithm>
 #include <numeric>
 
+#include "attention_reference.h"
 #include "cuda_test_support.h"
 
 namespace frspec::cuda {
 namespace {
 
-struct Shape {
-  int64_t query_heads;
-  int64_t heads;
-  int64_t head_dim;
-};
+using Shape = test::AttentionShape;
+using View = test::AttentionView;
 
 constexpr Shape kShapes[] = {{4, 2, 64},  {9, 3, 64},  {7, 1, 80}, {4, 4, 96},
                              {8, 2, 128}, {2, 1, 256}, {3, 3, 24}};
@@ -57,30 +55,6 @@ class Cache {
   DeviceMatrix keys_, values_;
 };
 
-// Which slots rows see, in order.
-struct View {
-  int64_t words = 0;
-  int32_t tree_base = 0;
-  std::vector<int32_t> prefix;
-  std::vector<uint64_t> ancestors;
-  std::vector<std::vector<int32_t>> slots;
-  int64_t longest = 0;
-
-  void add(int32_t prefix_length, const std::vector<int32_t>& bits) {
-    prefix.push_back(prefix_length);
-    std::vector<uint64_t> own(static_cast<size_t>(words), 0);
-    std::vector<int32_t> row(static_cast<size_t>(prefix_length));
-    std::iota(row.begin(), row.end(), 0);
-    for (const int32_t bit : bits) {
-      own[static_cast<size_t>(bit / 64)] |= uint64_t{1} << (bit % 64);
-      row.push_back(tree_base + bit);
-    }
-    ancestors.insert(ancestors.end(), own.begin(), own.end());
-    longest = std::max(longest, static_cast<int64_t>(row.size()));
-    slots.push_back(row);
-  }
-};
-
 // Runs attention for rows first ... first + n - 1 of q; fills `out` with what came back.
 void run_attention(DeviceMatrix& out, const Tensor& q, const Cache& cache, const View& view,
                    const Shape& shape, cudaStream_t stream) {
@@ -102,37 +76,13 @@ void run_attention(DeviceMatrix& out, const Tensor& q, const Cache& cache, const
 double worst_error(const DeviceMatrix& out, const DeviceMatrix& q, Cache& cache, const View& view,
                    const Shape& shape) {
   double worst = 0;
-  for (int64_t r = 0; r < q.rows(); ++r) {
-    const std::vector<int32_t>& slots = view.slots[static_cast<size_t>(r)];
-    for (int64_t h = 0; h < shape.query_heads; ++h) {
-      const int64_t head = h / (shape.query_heads / shape.heads);
-      std::vector<double> weight(slots.size());
-      double max = -1e300;
-      for (size_t t = 0; t < slots.size(); ++t) {
-        double score = 0;
-        for (int64_t d = 0; d < shape.head_dim; ++d) {
-          score += double{q.row(r)[h * shape.head_dim + d]} * cache.key(head, slots[t])[d];
-        }
-        weight[t] = score / std::sqrt(static_cast<double>(shape.head_dim));
-        max = std::max(max, weight[t]);
-      }
-      double sum = 0;
-      for (double& value : weight) sum += value = std::exp(value - max);
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        double want = 0;
-        double magnitude = 0;
-        for (size_t t = 0; t < slots.size(); ++t) {
-          const double part = weight[t] / sum * cache.value(head, slots[t])[d];
-          want += part;
-          magnitude += std::fabs(part);
-        }
-        // Weights and the result are rounded to the element type.
-        const double allowed = 2 * epsilon(q.dtype()) * magnitude + 1e-5;
-        const double error = std::fabs(want - out.row(r)[h * shape.head_dim + d]) / allowed;
-        worst = std::max(worst, std::isnan(error) ? 1e9 : error);
-      }
-    }
-  }
+  test::attention_reference(q, cache, view, shape,
+                            [&](int64_t row, int64_t column, double want, double magnitude) {
+                              // Weights and the result are rounded to the element type.
+                              const double allowed = 2 * epsilon(q.dtype()) * magnitude + 1e-5;
+                              const double error = std::fabs(want - out.row(row)[column]) / allowed;
+                              worst = std::max(worst, std::isnan(error) ? 1e9 : error);
+                            });
   return worst;
 }
 
@@ -175,7 +125,8 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
         View view;
         view.words = (nodes + 63) / 64;
         view.tree_base = base;
-        for (const auto& path : random_paths(nodes, random)) view.add(base, path);
+        for (const auto& path : test::random_paths(nodes, random, kMaxTreeDepth))
+          view.add(base, path);
         run_attention(out, q.tensor(), cache, view, shape, stream);
         CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
       }
@@ -193,7 +144,7 @@ TEST_CASE("a row of attention has the same bits alone and among others") {
     Random random(17);
     Cache cache(dtype, shape, kBase + kNodes, kBase + kNodes, random);
     const DeviceMatrix q(dtype, kNodes, shape.query_heads * shape.head_dim, random, 1.5f);
-    const auto paths = random_paths(kNodes, random);
+    const auto paths = test::random_paths(kNodes, random, kMaxTreeDepth);
     const auto rows_of = [&](int64_t first, int64_t n) {
       View view;
       view.words = 1;

@@ -4,10 +4,13 @@
 
 #include "cuda_test_support.h"
 #include "engine.h"
+#include "engine_driver.h"
 #include "tiny_model.h"
 
 namespace frspec::cuda {
 namespace {
+
+using test::generate;
 
 // Sizes that are no multiples of tiles, grouped query heads, and the tree's 65th node.
 constexpr test::TinySizes kSizes{211, 72, 136, 2, 6, 2, 24};
@@ -27,23 +30,7 @@ EngineOptions tiny_options(const std::string& name, TreeShape tree, const char* 
 }
 
 Request make_request(Method method, const Sampling& sampling, int64_t max_new_tokens = 40) {
-  Request request;
-  request.method = method;
-  request.sampling = sampling;
-  request.max_new_tokens = max_new_tokens;
-  request.ignore_eos = true;
-  return request;
-}
-
-std::vector<int32_t> generate(Engine& engine, const std::vector<int32_t>& prompt,
-                              const Request& request) {
-  std::vector<int32_t> tokens;
-  engine.start(prompt, request);
-  while (!engine.finished()) {
-    const auto step = engine.step();
-    tokens.insert(tokens.end(), step.begin(), step.end());
-  }
-  return tokens;
+  return test::make_request(method, sampling, max_new_tokens);
 }
 
 const Sampling kSamplings[] = {{}, {1.0f, 0, 1.0f, 0.0f, 42}, {0.8f, 20, 0.9f, 0.01f, 7}};

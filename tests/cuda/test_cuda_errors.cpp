@@ -8,6 +8,7 @@
 #include "cuda_test_support.h"
 #include "emulation_config.h"
 #include "engine.h"
+#include "engine_driver.h"
 #include "tiny_model.h"
 
 namespace frspec {
@@ -45,17 +46,7 @@ EngineOptions tiny_options() {
 }
 
 std::vector<int32_t> generate(Engine& engine) {
-  Request request;
-  request.method = Method::kEagle2;
-  request.max_new_tokens = 12;
-  request.ignore_eos = true;
-  std::vector<int32_t> tokens;
-  engine.start(kPrompt, request);
-  while (!engine.finished()) {
-    const auto step = engine.step();
-    tokens.insert(tokens.end(), step.begin(), step.end());
-  }
-  return tokens;
+  return test::generate(engine, kPrompt, test::make_request(Method::kEagle2, {}, 12));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "handles.h"
 #include "launch.h"
 #include "ptx.cuh"
 #include "sanitizers.h"
@@ -15,6 +16,7 @@
 namespace emulation {
 
 using frspec::cuda::check;
+using frspec::cuda::Event;
 using frspec::cuda::launch;
 using frspec::cuda::LaunchConfig;
 
@@ -45,20 +47,6 @@ class Stream {
 
  private:
   cudaStream_t stream_ = nullptr;
-};
-
-class Event {
- public:
-  explicit Event(unsigned flags = cudaEventDefault) {
-    check(cudaEventCreateWithFlags(&event_, flags), "event");
-  }
-  ~Event() { cudaEventDestroy(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  operator cudaEvent_t() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
 };
 
 template <typename T>
