@@ -61,6 +61,10 @@ void translate(const std::exception_ptr& pointer, void*) {
   }
 }
 
+nb::tuple as_tuple(const frspec::TreeShape& tree) {
+  return nb::make_tuple(tree.depth, tree.topk, tree.tokens);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -101,8 +105,8 @@ NB_MODULE(_core, m) {
   m.def(
       "default_tree",
       [](const std::string& device) {
-        const frspec::TreeShape tree = frspec::make_backend(device, 0)->default_tree();
-        return nb::make_tuple(tree.depth, tree.topk, tree.tokens);
+        constexpr int kThreads = 1;  // none of them works
+        return as_tuple(frspec::make_backend(device, kThreads)->default_tree());
       },
       "device"_a, nb::sig("def default_tree(device: str) -> tuple[int, int, int]"),
       "Depth, topk and tokens of the draft tree that suits a device.");
@@ -114,7 +118,7 @@ NB_MODULE(_core, m) {
              std::optional<std::string> ranking, int64_t vocab_size,
              std::string tokenizer_fingerprint, std::string device,
              std::optional<std::string> dtype, int64_t max_context, size_t memory_limit,
-             int threads, int tree_depth, int tree_topk, int tree_tokens,
+             int threads, std::optional<std::tuple<int, int, int>> tree,
              std::optional<std::string> medusa_published, frspec::MedusaChoices medusa_paths,
              std::vector<std::vector<double>> medusa_accuracies) {
             frspec::EngineOptions options;
@@ -128,7 +132,7 @@ NB_MODULE(_core, m) {
             options.max_context = max_context;
             options.memory_limit = memory_limit;
             options.threads = threads;
-            options.tree = {tree_depth, tree_topk, tree_tokens};
+            if (tree) options.tree = {std::get<0>(*tree), std::get<1>(*tree), std::get<2>(*tree)};
             if (medusa_published || !medusa_paths.empty() || !medusa_accuracies.empty()) {
               options.medusa_tree = {std::move(medusa_paths), std::move(medusa_accuracies),
                                      medusa_published.value_or("")};
@@ -139,7 +143,7 @@ NB_MODULE(_core, m) {
           "model"_a, nb::kw_only(), "drafter"_a = nb::none(), "ranking"_a = nb::none(),
           "vocab_size"_a = 0, "tokenizer_fingerprint"_a = "", "device"_a = "auto",
           "dtype"_a = nb::none(), "max_context"_a = 0, "memory_limit"_a = 0, "threads"_a = 0,
-          "tree_depth"_a, "tree_topk"_a, "tree_tokens"_a, "medusa_published"_a = nb::none(),
+          "tree"_a = nb::none(), "medusa_published"_a = nb::none(),
           "medusa_paths"_a = frspec::MedusaChoices{},
           "medusa_accuracies"_a = std::vector<std::vector<double>>{},
           "Reads configs and headers and plans the memory; no weight is read.")
@@ -159,6 +163,10 @@ NB_MODULE(_core, m) {
       .def_prop_ro("dtype",
                    [](const Engine& self) { return std::string(dtype_name(self.dtype())); })
       .def_prop_ro("max_context", &Engine::max_context)
+      .def_prop_ro(
+          "tree", [](const Engine& self) { return as_tuple(self.tree()); },
+          nb::sig("def tree(self) -> tuple[int, int, int]"),
+          "Depth, topk and tokens of the drafts.")
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
       .def_prop_ro(

@@ -15,7 +15,6 @@
 // that begin at fixed positions, one block for each range. The remaining positions, kMaxInFlight to
 // kMaxTail of them, are the row's own: finish_kernel sums them in logical order (committed tokens,
 // then the row's ancestors, root first), and merges the ranges, first to last, before them.
-#include <algorithm>
 #include <cmath>
 
 #include "attention_finish.cuh"
@@ -117,8 +116,8 @@ __device__ __forceinline__ void attend_tile(WarpState<kDim>& state, T* queries, 
   }
 }
 
-// Blocks that registers have to leave room for on a multiprocessor. Shared memory allows no more;
-// left to itself, the compiler may spill for one more.
+// Blocks that registers have to leave room for on a multiprocessor, which is what shared memory
+// allows at 64 and 128; left to itself, the compiler may spill for one more.
 constexpr int kAttendBlocks = 2;
 
 // grid: (ranges or 1, K, blocks of kBlockQueries queries). Query i of a key/value head is head

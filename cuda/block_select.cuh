@@ -9,6 +9,17 @@ namespace frspec::cuda {
 
 constexpr int kDigits = 256;
 
+// (order key, ~index): a larger entry comes first, of equal keys the lower index. 0: nothing.
+__device__ __forceinline__ uint64_t keyed_entry(uint32_t key, int index) {
+  return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(index);
+}
+__device__ __forceinline__ uint64_t entry_of(float value, int index) {
+  return keyed_entry(order_key(value), index);
+}
+__device__ __forceinline__ int entry_index(uint64_t entry) {
+  return static_cast<int>(~static_cast<uint32_t>(entry));
+}
+
 template <int kThreads>
 struct SelectScratch {
   unsigned histogram[kDigits];

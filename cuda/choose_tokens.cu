@@ -10,7 +10,6 @@
 // from probability mass for top-p. Mass is counted in integers (2^40 for the likeliest token),
 // whose sums do not depend on the order of threads.
 #include "block_select.cuh"
-#include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
 #include "ptx.cuh"
@@ -24,14 +23,6 @@ constexpr int kChunk = 4096;
 constexpr double kUnitMass = 1099511627776.0;  // 2^40
 
 using Mass = unsigned long long;
-
-// (order key of the score, ~token): the larger comes first. 0: nothing.
-__device__ __forceinline__ uint64_t entry_of(float score, int token) {
-  return static_cast<uint64_t>(order_key(score)) << 32 | ~static_cast<uint32_t>(token);
-}
-__device__ __forceinline__ int entry_token(uint64_t entry) {
-  return static_cast<int>(~static_cast<uint32_t>(entry));
-}
 
 __device__ __forceinline__ uint64_t warp_largest(uint64_t value) {
 #pragma unroll
@@ -57,11 +48,15 @@ __device__ __forceinline__ uint64_t block_largest(uint64_t (&scratch)[kBlock / k
   return largest;
 }
 
+// noise: the block of token / 4.
+__device__ __forceinline__ float noisy_score(const Sampling& sampling, float logit, int token,
+                                             const RandomBlock& noise) {
+  return logit / sampling.temperature + gumbel_noise(noise.words[token % 4]);
+}
 __device__ __forceinline__ float noisy_score(const Sampling& sampling, float logit, int token,
                                              int32_t position) {
-  const RandomBlock noise =
-      token_noise_bits(sampling.seed, position, static_cast<uint32_t>(token) / 4);
-  return logit / sampling.temperature + gumbel_noise(noise.words[token % 4]);
+  return noisy_score(sampling, logit, token,
+                     token_noise_bits(sampling.seed, position, static_cast<uint32_t>(token) / 4));
 }
 
 __device__ __forceinline__ bool filters(const Sampling& sampling, int vocab) {
@@ -98,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint64_t entry = entry_of(logit, base + i);
       likeliest = entry > likeliest ? entry : likeliest;
       if (noisy) {
-        const float score = logit / sampling.temperature + gumbel_noise(noise.words[i]);
+        const float score = noisy_score(sampling, logit, base + i, noise);
         const uint64_t noisy_entry = entry_of(score, base + i);
         noisiest = noisy_entry > noisiest ? noisy_entry : noisiest;
       }
@@ -164,7 +159,7 @@ struct RowScratch {
 };
 
 // The cut behind the first tokens whose weights sum to `wanted` > 0 among those that `cut` keeps
-// (all of them, where the sum stays below). weight(token, logit) is the same for equal logits.
+// (all of them, where the sum stays below). weight(logit) is the same for equal logits.
 template <typename Weight>
 __device__ __forceinline__ Cut cut_at(RowScratch& scratch, const float* row, int vocab,
                                       const Cut& cut, Mass wanted, const Weight& weight) {
@@ -249,14 +244,14 @@ __global__ void __launch_bounds__(kRowThreads, 1)
   }
   likeliest = block_largest<kRowThreads>(scratch.largest, likeliest);
   noisiest = block_largest<kRowThreads>(scratch.largest, noisiest);
-  const int top = likeliest == 0 ? 0 : entry_token(likeliest);
+  const int top = likeliest == 0 ? 0 : entry_index(likeliest);
   const float max = row[top];
   // The likeliest token's own score: where it is infinite or NaN there is nothing to draw from.
   const bool draws =
       sampling.temperature > 0.0f && isfinite(noisy_score(sampling, max, top, position));
   if (!draws || !filters(sampling, vocab)) {
     if (threadIdx.x == 0) {
-      tokens[blockIdx.x] = draws && noisiest != 0 ? entry_token(noisiest) : top;
+      tokens[blockIdx.x] = draws && noisiest != 0 ? entry_index(noisiest) : top;
     }
     return;  // the whole block
   }
@@ -292,7 +287,7 @@ __global__ void __launch_bounds__(kRowThreads, 1)
     chosen = entry > chosen ? entry : chosen;
   }
   chosen = block_largest<kRowThreads>(scratch.largest, chosen);
-  if (threadIdx.x == 0) tokens[blockIdx.x] = chosen == 0 ? top : entry_token(chosen);
+  if (threadIdx.x == 0) tokens[blockIdx.x] = chosen == 0 ? top : entry_index(chosen);
 }
 
 }  // namespace
@@ -300,19 +295,21 @@ __global__ void __launch_bounds__(kRowThreads, 1)
 int64_t choice_chunks(int64_t vocab) { return ceil_div(vocab, kChunk); }
 
 void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
-                   const int32_t* positions, uint64_t* chunk_best, cudaStream_t stream) {
+                   const int32_t* positions, const ChoiceScratch& scratch, cudaStream_t stream) {
   FRSPEC_CHECK(logits.dtype == DType::kF32 && logits.cols > 0, Error,
                "choose_tokens: logits must be fp32");
   if (logits.rows == 0) return;
   const auto chunks = static_cast<unsigned>(choice_chunks(logits.cols));
   const auto rows = static_cast<unsigned>(logits.rows);
+  FRSPEC_CHECK(size_t{rows} * 2 * chunks <= scratch.entries, Error, "choose_tokens: logits [",
+               logits.rows, ", ", logits.cols, "] exceed the planned workspace");
   const float* data = static_cast<const float*>(logits.data);
   const int vocab = static_cast<int>(logits.cols);
   launch<scan_chunk_kernel>({dim3(chunks, rows), dim3(kThreads), stream}, "choose_tokens", data,
-                            logits.stride, vocab, sampling, positions, chunk_best);
+                            logits.stride, vocab, sampling, positions, scratch.chunk_best);
   launch<choose_kernel>({dim3(rows), dim3(kRowThreads), stream}, "choose_tokens", tokens, data,
                         logits.stride, vocab, sampling, positions,
-                        static_cast<const uint64_t*>(chunk_best), static_cast<int>(chunks));
+                        static_cast<const uint64_t*>(scratch.chunk_best), static_cast<int>(chunks));
 }
 
 }  // namespace frspec::cuda

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < cols; i += kThreads) {
     const float g = to_float(gate[blockIdx.x * gate_stride + i]);
     const float u = to_float(up[blockIdx.x * up_stride + i]);
-    up[blockIdx.x * up_stride + i] = from_float<T>(g / (1.0f + __expf(-g)) * u);
+    up[blockIdx.x * up_stride + i] = from_float<T>(silu(g) * u);
   }
 }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < cols; i += kThreads) {
     const float v = to_float(y[blockIdx.x * y_stride + i]);
     T& sum = x[blockIdx.x * x_stride + i];
-    sum = from_float<T>(to_float(sum) + v / (1.0f + __expf(-v)));
+    sum = from_float<T>(to_float(sum) + silu(v));
   }
 }
 

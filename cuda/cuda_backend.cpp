@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 
-#include "dispatch.h"
 #include "launch.h"
 
 namespace frspec::cuda {
@@ -11,7 +10,6 @@ namespace {
 
 // More rows than this, and not the target's, go through cuBLAS.
 constexpr int64_t kSkinnyRows = 64;
-constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;  // what cuBLAS recommends for Hopper
 constexpr int64_t kLeastLengthBound = 512;
 constexpr int kOldestMajor = 8;
 
@@ -60,10 +58,8 @@ CudaBackend::~CudaBackend() {
   cudaSetDevice(device_);
   cudaStreamSynchronize(stream_);
   uploader_.reset();
-  for (const auto& [key, graph] : graphs_) {
-    if (graph != nullptr) cudaGraphExecDestroy(graph);
-  }
-  if (cublas_ != nullptr) cublas_api().destroy(cublas_);
+  graphs_.clear();
+  cublas_.reset();
 }
 
 // ==== Memory and device
@@ -104,25 +100,20 @@ void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
                         arena.take_array<float2>(name, rows), rows};
 
   const int64_t chunks = topk_chunks(limits.vocab) * limits.beam_rows;
-  topk_scratch_entries_ = chunks * limits.beam_rows;
-  topk_scratch_ = {arena.take_array<float2>(name, static_cast<size_t>(chunks)),
-                   arena.take_array<uint64_t>(name, static_cast<size_t>(topk_scratch_entries_))};
-  choice_scratch_ = arena.take_array<uint64_t>(
-      name, static_cast<size_t>(limits.choice_rows * 2 * choice_chunks(limits.vocab)));
+  const auto sums = static_cast<size_t>(chunks);
+  const auto entries = static_cast<size_t>(chunks * limits.beam_rows);
+  topk_scratch_ = {arena.take_array<float2>(name, sums), sums,
+                   arena.take_array<uint64_t>(name, entries), entries};
+  const auto best = static_cast<size_t>(limits.choice_rows * 2 * choice_chunks(limits.vocab));
+  choice_scratch_ = {arena.take_array<uint64_t>(name, best), best};
 
   gate_scratch_bytes_ =
       static_cast<size_t>(round_up(limits.rows, kPromptRowMultiple) * limits.ffn_features) * 2;
   gate_scratch_ = arena.take(name, gate_scratch_bytes_);
   cublas_workspace_ = arena.take("cuBLAS workspace", kCublasWorkspaceBytes);
   if (arena.planning()) return;
-  const CublasApi& cublas = cublas_api();
-  const auto check_cublas = [](int status, const char* doing) {
-    FRSPEC_CHECK(status == 0, DeviceError, doing, ": cuBLAS status ", status);
-  };
-  if (cublas_ == nullptr) check_cublas(cublas.create(&cublas_), "creating a cuBLAS handle");
-  check_cublas(cublas.set_stream(cublas_, stream_), "setting cuBLAS's stream");
-  check_cublas(cublas.set_workspace(cublas_, cublas_workspace_, kCublasWorkspaceBytes),
-               "setting cuBLAS's workspace");
+  cublas_.reset();
+  cublas_ = std::make_unique<CublasHandle>(stream_, cublas_workspace_);
 }
 
 void* CudaBackend::allocate(size_t bytes) {
@@ -162,30 +153,20 @@ void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
   // in a recording.
   if (found == graphs_.end()) {
     body();
-    graphs_.emplace(graph_key, nullptr);
+    graphs_[graph_key] = nullptr;
     return;
   }
   if (found->second == nullptr) {
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "recording a graph");
     recording_ = true;
-    cudaGraph_t graph = nullptr;
     try {
-      body();
+      found->second = std::make_unique<Graph>(stream_, body);
     } catch (...) {
       recording_ = false;
-      cudaStreamEndCapture(stream_, &graph);
-      if (graph != nullptr) cudaGraphDestroy(graph);
       throw;
     }
     recording_ = false;
-    check(cudaStreamEndCapture(stream_, &graph), "recording a graph");
-    cudaGraphExec_t executable = nullptr;
-    const cudaError_t error = cudaGraphInstantiate(&executable, graph, 0);
-    cudaGraphDestroy(graph);
-    check(error, "instantiating a graph");
-    found->second = executable;
   }
-  check(cudaGraphLaunch(found->second, stream_), "launching a graph");
+  found->second->launch(stream_);
 }
 
 void CudaBackend::post(const void* source, size_t bytes) {
@@ -347,19 +328,13 @@ void CudaBackend::multiply_prompt(const Tensor& out, const Tensor& x, const Line
   const bool in_place = residual != nullptr && residual->data == out.data;
   const bool fills = w.bias != nullptr || (residual != nullptr && !in_place);
   if (fills) fill_rows(out, w.bias, residual, stream_);
-  const float one = 1.0f;
-  const float beta = fills || in_place ? 1.0f : 0.0f;
-  const cudaDataType_t type = w.dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_16F;
-  // Row-major out [n, o] is column-major [o, n]. Always as many rows as divide the buffers: then a
-  // row's bits do not depend on how many rows there are.
-  const int rows = static_cast<int>(round_up(out.rows, kPromptRowMultiple));
-  const int status = cublas_api().gemm_ex(
-      cublas_, kCublasTranspose, kCublasNoTranspose, static_cast<int>(w.out_features), rows,
-      static_cast<int>(w.in_features), &one, w.data, type, static_cast<int>(w.in_features), x.data,
-      type, static_cast<int>(x.stride), &beta, out.data, type, static_cast<int>(out.stride),
-      kCublasCompute32F, kCublasDefaultAlgorithm);
-  FRSPEC_CHECK(status == 0, DeviceError, "linear: cuBLAS status ", status, " for [", rows, ", ",
-               w.in_features, "] x [", w.out_features, ", ", w.in_features, "]");
+  // cuBLAS chooses how to sum by the number of rows: few different numbers occur.
+  const auto padded = [](const Tensor& rows) {
+    Tensor whole = rows;
+    whole.rows = round_up(rows.rows, kPromptRowMultiple);
+    return whole;
+  };
+  cublas_->multiply(padded(out), padded(x), w.data, fills || in_place ? 1.0f : 0.0f);
 }
 
 void CudaBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
@@ -379,17 +354,11 @@ void CudaBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& k
 
 void CudaBackend::topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
                                 const int32_t* column_tokens, int64_t k) {
-  FRSPEC_CHECK(logits.rows * topk_chunks(logits.cols) * k <= topk_scratch_entries_, Error,
-               "topk_logprobs: ", k, " of [", logits.rows, ", ", logits.cols,
-               "] exceed the planned workspace");
   cuda::topk_logprobs(logprobs, tokens, logits, column_tokens, k, topk_scratch_, stream_);
 }
 
 void CudaBackend::choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
                                 const int32_t* positions) {
-  FRSPEC_CHECK(logits.rows <= limits_.choice_rows && logits.cols <= limits_.vocab, Error,
-               "choose_tokens: logits [", logits.rows, ", ", logits.cols,
-               "] exceed the planned workspace [", limits_.choice_rows, ", ", limits_.vocab, "]");
   cuda::choose_tokens(tokens, logits, sampling, positions, choice_scratch_, stream_);
 }
 

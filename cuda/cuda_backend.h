@@ -11,7 +11,7 @@
 #include <tuple>
 
 #include "backend.h"
-#include "cublas.h"
+#include "cublas_handle.h"
 #include "handles.h"
 #include "kernels.h"
 #include "memory.h"
@@ -96,11 +96,11 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Stream> stream_owner_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Event> marks_[kMarks];
-  void* cublas_ = nullptr;
+  std::unique_ptr<CublasHandle> cublas_;
   DeviceMemory memory_;
   PinnedMemory mailbox_;
-  std::unique_ptr<Uploader> uploader_;          // while loading
-  std::map<GraphKey, cudaGraphExec_t> graphs_;  // null: seen, not recorded yet
+  std::unique_ptr<Uploader> uploader_;                 // while loading
+  std::map<GraphKey, std::unique_ptr<Graph>> graphs_;  // null: seen, not recorded yet
   bool recording_ = false;
 
   // Scratch, from layout().
@@ -108,8 +108,7 @@ class CudaBackend final : public Backend {
   LinearScratch linear_scratch_{};
   AttentionScratch attention_scratch_{};
   TopkScratch topk_scratch_{};
-  int64_t topk_scratch_entries_ = 0;
-  uint64_t* choice_scratch_ = nullptr;
+  ChoiceScratch choice_scratch_{};
   void* gate_scratch_ = nullptr;  // [rows of a prompt, ffn] of 16-bit elements
   size_t gate_scratch_bytes_ = 0;
   void* cublas_workspace_ = nullptr;

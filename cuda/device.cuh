@@ -124,6 +124,8 @@ __device__ __forceinline__ uint4 pack_eight(const float (&values)[8]) {
                     pack_pair<T>(values[4], values[5]), pack_pair<T>(values[6], values[7]));
 }
 
+__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+
 // Sums and maxima over the 32 lanes, the same bits in all of them.
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

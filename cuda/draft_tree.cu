@@ -2,7 +2,6 @@
 // candidates, filling a tree of fixed shape, walking the tree, committing the accepted path. What
 // is done for each candidate and node is in runtime/draft_tree.h, shared with the CPU.
 #include "block_select.cuh"
-#include "dispatch.h"
 #include "draft_tree.h"
 #include "kernels.h"
 #include "launch.h"
@@ -12,7 +11,6 @@ namespace frspec::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMaxKeptNodes = kMaxTreeNodes;
 
 // Adds the candidates of a level to the pool; the topk best of them become the beam, best first.
 __global__ void __launch_bounds__(kThreads, 1)
@@ -50,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 __global__ void __launch_bounds__(kThreads, 1)
     build_tree_kernel(const DraftTree tree, const DraftPool pool, const TreeRoot root) {
   SHARED(SelectScratch<kThreads>, select);
-  SHARED(int32_t, kept, [kMaxKeptNodes]);
+  SHARED(int32_t, kept, [kMaxTreeNodes]);
   dependency_launch();
   dependency_wait();
   const int drafted = tree.nodes - 1;

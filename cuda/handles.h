@@ -1,9 +1,9 @@
-// Streams and events that are given back when their owner goes.
+// Streams, events and graphs that are given back when their owner goes.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <utility>
+#include <functional>
 
 #include "launch.h"
 
@@ -39,6 +39,36 @@ class Event {
 class FenceEvent : public Event {
  public:
   FenceEvent() : Event(cudaEventDisableTiming) {}
+};
+
+// A recording of what was put on a stream.
+class Graph {
+ public:
+  // Records what `body` puts on the stream, without doing it; where it throws nothing is left.
+  Graph(cudaStream_t stream, const std::function<void()>& body) {
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording a graph");
+    cudaGraph_t graph = nullptr;
+    try {
+      body();
+    } catch (...) {
+      cudaStreamEndCapture(stream, &graph);
+      if (graph != nullptr) cudaGraphDestroy(graph);
+      throw;
+    }
+    check(cudaStreamEndCapture(stream, &graph), "recording a graph");
+    const cudaError_t error = cudaGraphInstantiate(&executable_, graph, 0);
+    cudaGraphDestroy(graph);
+    check(error, "instantiating a graph");
+  }
+  ~Graph() { cudaGraphExecDestroy(executable_); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void launch(cudaStream_t stream) const {
+    check(cudaGraphLaunch(executable_, stream), "launching a graph");
+  }
+
+ private:
+  cudaGraphExec_t executable_ = nullptr;
 };
 
 }  // namespace frspec::cuda

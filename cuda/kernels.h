@@ -47,6 +47,7 @@ struct LinearSplit {
   int parts;
   int part_depth;  // k of a part, a multiple of 64
 };
+LinearSplit split_in_parts(int64_t in_features, int64_t parts);
 LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
                          int multiprocessors);
 
@@ -84,7 +85,7 @@ struct AttentionScratch {
   float2* partial_sums;   // [ranges, n H]: maximum, sum
   size_t rows;            // n H that there is room for, times ranges
 };
-// Rows of a range-split attention: ranges * n * H, and floats for each.
+// Ranges that a row of that many visible positions is cut into, and floats of a range's sums.
 int64_t attention_ranges(int64_t max_length);
 int64_t padded_head_dim(int64_t head_dim);
 
@@ -96,7 +97,9 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
 
 struct TopkScratch {
   float2* chunk_sums;       // [n, chunks]: maximum, sum of exponentials
+  size_t sums;              // that there is room for
   uint64_t* chunk_entries;  // [n, chunks, k]
+  size_t entries;
 };
 int64_t topk_chunks(int64_t cols);
 void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
@@ -106,9 +109,12 @@ void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
 // ==== choose_tokens.cu
 
 int64_t choice_chunks(int64_t vocab);
-// chunk_best: [n, 2, chunks] scratch.
+struct ChoiceScratch {
+  uint64_t* chunk_best;  // [n, 2, chunks]
+  size_t entries;        // that there is room for
+};
 void choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
-                   const int32_t* positions, uint64_t* chunk_best, cudaStream_t stream);
+                   const int32_t* positions, const ChoiceScratch& scratch, cudaStream_t stream);
 
 // ==== draft_tree.cu
 

@@ -292,6 +292,13 @@ int64_t tile_count(int64_t out_features, bool swiglu) {
 
 }  // namespace
 
+LinearSplit split_in_parts(int64_t in_features, int64_t parts) {
+  const int64_t depth = (in_features + parts - 1) / parts;
+  const int64_t part_depth = (depth + kDepth - 1) / kDepth * kDepth;
+  return {static_cast<int>((in_features + part_depth - 1) / part_depth),
+          static_cast<int>(part_depth)};
+}
+
 LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
                          int multiprocessors) {
   // As many parts as give most multiprocessors a block: the memory is then busy everywhere.
@@ -301,10 +308,7 @@ LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
          in_features / (2 * parts) >= kLeastPartDepth) {
     parts *= 2;
   }
-  const int64_t depth = (in_features + parts - 1) / parts;
-  const int64_t part_depth = (depth + kDepth - 1) / kDepth * kDepth;
-  return {static_cast<int>((in_features + part_depth - 1) / part_depth),
-          static_cast<int>(part_depth)};
+  return split_in_parts(in_features, parts);
 }
 
 LinearScratchSize linear_scratch(int64_t n, int64_t out_features, bool swiglu,
@@ -330,9 +334,16 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
   if (x.rows == 0) return;
   const char* op = up == nullptr ? "linear" : "linear_swiglu";
   check_rows(op, x);
-  FRSPEC_CHECK(w.in_features % 8 == 0 && x.dtype == w.dtype && x.cols == w.in_features, Error, op,
-               ": x [", x.rows, ", ", x.cols, "] ", dtype_name(x.dtype), " does not fit weight [",
-               w.out_features, ", ", w.in_features, "] ", dtype_name(w.dtype));
+  FRSPEC_CHECK(w.in_features % 8 == 0 && x.dtype == w.dtype && x.cols == w.in_features &&
+                   out.rows == x.rows && out.cols == w.out_features &&
+                   (out.dtype == w.dtype || (out.dtype == DType::kF32 && up == nullptr)),
+               Error, op, ": out [", out.rows, ", ", out.cols, "] ", dtype_name(out.dtype),
+               " does not fit x [", x.rows, ", ", x.cols, "] ", dtype_name(x.dtype),
+               " and weight [", w.out_features, ", ", w.in_features, "] ", dtype_name(w.dtype));
+  FRSPEC_CHECK(residual == nullptr || (residual->dtype == w.dtype && residual->rows == out.rows &&
+                                       residual->cols == out.cols),
+               Error, op, ": the residual's shape differs from the output's [", out.rows, ", ",
+               out.cols, "]");
   const LinearScratchSize needed = linear_scratch(x.rows, w.out_features, up != nullptr, split);
   FRSPEC_CHECK(
       needed.partial_floats <= scratch.partial_floats && needed.tickets <= scratch.ticket_count,
@@ -368,8 +379,6 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
     using T = decltype(element);
     if (up != nullptr) return launch_tokens<T, T, true>(p, stream);
     if (out.dtype == DType::kF32) return launch_tokens<T, float, false>(p, stream);
-    FRSPEC_CHECK(out.dtype == w.dtype, Error, op, ": out is ", dtype_name(out.dtype), ", weights ",
-                 dtype_name(w.dtype));
     launch_tokens<T, T, false>(p, stream);
   });
 }

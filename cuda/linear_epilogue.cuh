@@ -26,8 +26,6 @@ __device__ __forceinline__ void store_four(T* to, const float4& v) {
   *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair<T>(v.x, v.y), pack_pair<T>(v.z, v.w));
 }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
-
 // bias[first ... first + 3], zeros behind the end.
 __device__ __forceinline__ float4 load_bias(const LinearParams& p, const float* bias, int first) {
   float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -36,8 +36,8 @@ struct LinearParams {
   int64_t residual_stride;
   void* out;
   int64_t out_stride;
-  float* partial;     // [groups, tiles, parts, tokens, kTileRows]
-  unsigned* tickets;  // [groups, tiles]
+  float* partial;     // [tiles, groups, parts, tokens, kTileRows]
+  unsigned* tickets;  // [tiles, groups]
   int n;              // tokens
   int out_features;
   int in_features;

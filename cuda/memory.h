@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <functional>
 
 #include "cpu/thread_pool.h"
 #include "handles.h"

@@ -53,6 +53,10 @@ __global__ void __launch_bounds__(kThreads)
 
 void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps,
               cudaStream_t stream) {
+  FRSPEC_CHECK(out.rows == x.rows && out.cols == x.cols && out.dtype == x.dtype && x.cols > 0,
+               Error, "rms_norm: out [", out.rows, ", ", out.cols, "] and x [", x.rows, ", ",
+               x.cols, "] differ");
+  if (x.rows == 0) return;
   check_rows("rms_norm", out);
   check_rows("rms_norm", x);
   with_element(out.dtype, "rms_norm", [&](auto element) {

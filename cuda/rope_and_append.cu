@@ -54,9 +54,15 @@ __global__ void __launch_bounds__(kThreads)
 
 void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                      const int32_t* positions, const int32_t* slots, cudaStream_t stream) {
+  const int64_t query_heads = kv.head_dim > 0 ? qkv.cols / kv.head_dim - 2 * kv.heads : 0;
+  FRSPEC_CHECK(kv.dtype == qkv.dtype && query_heads > 0 &&
+                   (query_heads + 2 * kv.heads) * kv.head_dim == qkv.cols &&
+                   rope.cols == kv.head_dim && rope.dtype == DType::kF32,
+               Error, "rope_and_append: qkv has ", qkv.cols, " columns, the cache ", kv.heads,
+               " heads of ", kv.head_dim, ", the rope table ", rope.cols, " columns");
+  if (qkv.rows == 0) return;
   with_element(qkv.dtype, "rope_and_append", [&](auto element) {
     using T = decltype(element);
-    const int64_t query_heads = qkv.cols / kv.head_dim - 2 * kv.heads;
     launch<rope_and_append_kernel<T>>(
         {dim3(static_cast<unsigned>(qkv.rows), static_cast<unsigned>(query_heads + 2 * kv.heads)),
          dim3(kThreads), stream},

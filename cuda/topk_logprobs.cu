@@ -6,7 +6,6 @@
 // part of the sum and its k best; a block for each row merges the chunks, first to last. NaN counts
 // as the lowest logit.
 #include "block_select.cuh"
-#include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
 #include "ptx.cuh"
@@ -16,14 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;
-
-// (order key, ~column): a larger entry comes first.
-__device__ __forceinline__ uint64_t entry_of(uint32_t key, int column) {
-  return static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(column);
-}
-__device__ __forceinline__ int entry_column(uint64_t entry) {
-  return static_cast<int>(~static_cast<uint32_t>(entry));
-}
 
 // Merges two softmax sums, each relative to its own maximum.
 __device__ __forceinline__ float2 merge_sums(const float2& a, const float2& b) {
@@ -79,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   uint64_t* entries = chunk_entries + chunk * k;
   block_select_largest<kThreads>(
       select, count, wanted, [&](int i) { return keys[i]; },
-      [&](int place, int i) { entries[place] = entry_of(keys[i], first + i); });
+      [&](int place, int i) { entries[place] = keyed_entry(keys[i], first + i); });
   for (int i = wanted + threadIdx.x; i < k; i += kThreads) entries[i] = 0;
 }
 
@@ -116,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     int place = 0;
     for (int j = 0; j < count; ++j) place += entries[j] > entry ? 1 : 0;
     if (place >= k) continue;
-    const int column = entry_column(entry);
+    const int column = entry_index(entry);
     const float logit = row[column];
     logprobs[blockIdx.x * k + place] = logit == logit ? (logit - row_max) - log_sum : -INFINITY;
     tokens[blockIdx.x * k + place] = column_tokens == nullptr ? column : column_tokens[column];
@@ -136,6 +127,10 @@ void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
   if (logits.rows == 0) return;
   const auto chunks = static_cast<unsigned>(topk_chunks(logits.cols));
   const auto rows = static_cast<unsigned>(logits.rows);
+  FRSPEC_CHECK(size_t{rows} * chunks <= scratch.sums &&
+                   size_t{rows} * chunks * static_cast<size_t>(k) <= scratch.entries,
+               Error, "topk_logprobs: ", k, " of [", logits.rows, ", ", logits.cols,
+               "] exceed the planned workspace");
   const float* data = static_cast<const float*>(logits.data);
   launch<scan_chunk_kernel>({dim3(chunks, rows), dim3(kThreads), stream}, "topk_logprobs", data,
                             logits.stride, static_cast<int>(logits.cols), static_cast<int>(k),

@@ -48,8 +48,8 @@ enum class Rows : uint8_t {
   kDraft,   // the drafter's: their bits decide nothing
 };
 
-// Buffers that rows of Rows::kPrompt are in have room for as many rows as this divides: a backend
-// may compute rows behind the last one.
+// Buffers that rows of Rows::kPrompt or kDraft are in have room for as many rows as this divides: a
+// backend may compute rows behind the last one.
 constexpr int64_t kPromptRowMultiple = 128;
 
 // The slots of a KV cache are a multiple of this, so that a backend may keep them in blocks.

@@ -15,6 +15,8 @@
 
 namespace frspec {
 
+class Arena;
+
 constexpr int kMaxTreeNodes = 256;
 constexpr int kMaxTreeDepth = 32;
 constexpr int kMaxTreeTopK = 64;
@@ -70,6 +72,9 @@ struct DraftTree {
   int64_t ancestor_words = 0;
   int32_t nodes = 0;
 };
+
+// Its arrays, for `nodes` nodes.
+DraftTree layout_tree(Arena& arena, const char* plan_name, int32_t nodes);
 
 // A tree whose shape is the same in every round, over candidates that were found for each level.
 struct StaticTree {

@@ -37,19 +37,12 @@ int64_t Eagle::head_width() const {
 
 void Eagle::raise(WorkspaceLimits& limits, int64_t max_context) const {
   const auto raise_to = [](int64_t& limit, int64_t value) { limit = std::max(limit, value); };
-  const int64_t q_width = config_.num_heads * config_.head_dim;
-  const int64_t kv_width = config_.num_kv_heads * config_.head_dim;
+  raise_limits(limits, config_);
   raise_to(limits.rows, topk_);
   raise_to(limits.round_rows, topk_);
   raise_to(limits.beam_rows, topk_);
   raise_to(limits.visible, max_context + int64_t{shape_.depth} * topk_);
-  raise_to(limits.query_heads, config_.num_heads);
-  raise_to(limits.ffn_features, config_.intermediate_size);
-  raise_to(limits.head_dim, config_.head_dim);
-  raise_to(limits.group_heads, config_.num_heads / config_.num_kv_heads);
-  raise_to(limits.in_features,
-           std::max({2 * config_.hidden_size, q_width, config_.intermediate_size}));
-  raise_to(limits.out_features, std::max(q_width + 2 * kv_width, config_.intermediate_size));
+  raise_to(limits.in_features, 2 * config_.hidden_size);
 }
 
 void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t slots,

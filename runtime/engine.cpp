@@ -50,7 +50,7 @@ void check_tree(const TreeShape& tree) {
 }  // namespace
 
 Engine::Engine(const EngineOptions& options) : options_(options) {
-  check_tree(options.tree);
+  if (options.tree) check_tree(*options.tree);
   FRSPEC_CHECK(options.max_context >= 0, RequestError, "max_context must be positive, found ",
                options.max_context);
   FRSPEC_CHECK(options.drafter || !options.vocab_size, RequestError,
@@ -65,6 +65,8 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
     target_checkpoint_ = std::make_unique<Checkpoint>(options.model);
   }
   dtype_ = weight_dtype(options, target_.config, target_checkpoint_.get());
+  backend_ = make_backend(options.device, options.threads);
+  tree_shape_ = options.tree.value_or(backend_->default_tree());
   if (options.drafter) {
     std::vector<int32_t> sub_vocab;
     if (options.vocab_size > 0) {
@@ -72,7 +74,7 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
                                  target_.config.eos_token_ids, options.tokenizer_fingerprint)
                       .tokens;
     }
-    draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, options.tree,
+    draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, tree_shape_,
                                     options.medusa_tree ? &*options.medusa_tree : nullptr);
   }
   const int64_t trained_context = target_.config.max_position_embeddings;
@@ -83,7 +85,6 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   FRSPEC_CHECK(max_context_ <= trained_context, RequestError, "max_context ", max_context_,
                " is beyond the model's max_position_embeddings ", trained_context);
 
-  backend_ = make_backend(options.device, options.threads);
   Arena planning;
   layout(planning, max_context_);
   plan_ = planning.plan();
@@ -104,15 +105,7 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   limits.beam_rows = 1;
   limits.vocab = config.vocab_size;
   limits.visible = max_context + nodes;
-  limits.query_heads = config.num_heads;
-  limits.head_dim = config.head_dim;
-  limits.group_heads = config.num_heads / config.num_kv_heads;
-  const int64_t q_width = config.num_heads * config.head_dim;
-  const int64_t kv_width = config.num_kv_heads * config.head_dim;
-  limits.in_features = std::max({config.hidden_size, q_width, config.intermediate_size});
-  limits.out_features =
-      std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size});
-  limits.ffn_features = config.intermediate_size;
+  raise_limits(limits, config);
   if (draft_model_) draft_model_->raise(limits, max_context);
   backend_->layout(arena, limits);
 
@@ -134,17 +127,7 @@ void Engine::layout(Arena& arena, int64_t max_context) {
   pass_rows_index_ = arena.take_array<int32_t>(kRound, rows);
 
   const auto node_count = static_cast<size_t>(nodes);
-  tree_ = DraftTree{};
-  tree_.ancestor_words = (nodes + 63) / 64;
-  tree_.tokens = arena.take_array<int32_t>(kRound, node_count);
-  tree_.parents = arena.take_array<int32_t>(kRound, node_count);
-  tree_.positions = arena.take_array<int32_t>(kRound, node_count);
-  tree_.slots = arena.take_array<int32_t>(kRound, node_count);
-  tree_.prefix = arena.take_array<int32_t>(kRound, node_count);
-  tree_.base = arena.take_array<int32_t>(kRound, 1);
-  tree_.ancestors =
-      arena.take_array<uint64_t>(kRound, node_count * static_cast<size_t>(tree_.ancestor_words));
-  tree_.selected = arena.take_array<int32_t>(kRound, node_count);
+  tree_ = layout_tree(arena, kRound, static_cast<int32_t>(nodes));
   chosen_ = arena.take_array<int32_t>(kRound, node_count);
   walk_result_size_ = 1 + 2 * (depth + 1);
   walk_result_ = arena.take_array<int32_t>(kRound, static_cast<size_t>(walk_result_size_));
@@ -262,7 +245,7 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   FRSPEC_CHECK(static_cast<int64_t>(recorded.size()) <= max_context_, RequestError,
                "the recorded sequence has ", recorded.size(), " tokens, max_context is ",
                max_context_);
-  const int32_t depth = draft_model_->tree_depth();
+  const int32_t depth = std::min(draft_model_->tree_depth(), draft_model_->tree_nodes() - 1);
   FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
                "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
                accept_length);
@@ -272,7 +255,7 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   Plant plant;
   plant.recorded = planted_tokens_;
   plant.length = static_cast<int32_t>(recorded.size());
-  plant.depth = std::min(depth, draft_model_->tree_nodes() - 1);
+  plant.depth = depth;
   plant.vocab = static_cast<int32_t>(target_.config.vocab_size);
   // A round emits 1 + a + a^2 + ... + a^depth tokens on average.
   double low = 0.0;

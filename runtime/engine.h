@@ -22,12 +22,12 @@ struct EngineOptions {
   std::optional<std::string> ranking;  // file; needed when vocab_size is given
   int64_t vocab_size = 0;              // sub-vocabulary of the drafter's head; 0: full
   std::string tokenizer_fingerprint;   // checked against the ranking's; empty: unchecked
-  std::string device = "auto";         // "auto", "cpu" or "cuda"
+  std::string device = "auto";         // "auto", "cpu", "cuda" or "cuda:N"
   std::optional<std::string> dtype;    // of the weights in memory; default: as stored
   int64_t max_context = 0;             // prompt and generated tokens; 0: the model's, at most 4096
   size_t memory_limit = 0;             // bytes; 0: what the device has
   int threads = 0;                     // 0: all that the process may use
-  TreeShape tree;
+  std::optional<TreeShape> tree;       // absent: what suits the device
   std::optional<MedusaTreeOptions> medusa_tree;  // needs a Medusa drafter; absent: its default
   bool plant = false;                            // room for plant()
 };
@@ -65,6 +65,8 @@ class Engine {
   DType dtype() const { return dtype_; }
   int64_t max_context() const { return max_context_; }
   // kPlain without a drafter.
+  // Of the drafts; a Medusa drafter may fill less, or the tree that it was given.
+  const TreeShape& tree() const { return tree_shape_; }
   Method draft_method() const { return draft_model_ ? draft_model_->method() : Method::kPlain; }
   int64_t draft_vocab_size() const;  // columns of the draft head; 0 without a drafter
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
@@ -116,6 +118,7 @@ class Engine {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Checkpoint> target_checkpoint_;
   DType dtype_ = DType::kBF16;
+  TreeShape tree_shape_;
   int64_t max_context_ = 0;
   MemoryPlan plan_;
   bool loaded_ = false;

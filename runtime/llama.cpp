@@ -42,6 +42,19 @@ DecoderLayer read_decoder_layer(WeightReader& reader, const ModelConfig& config,
   return layer;
 }
 
+void raise_limits(WorkspaceLimits& limits, const ModelConfig& config) {
+  const auto raise_to = [](int64_t& limit, int64_t value) { limit = std::max(limit, value); };
+  const int64_t q_width = config.num_heads * config.head_dim;
+  const int64_t kv_width = config.num_kv_heads * config.head_dim;
+  raise_to(limits.query_heads, config.num_heads);
+  raise_to(limits.head_dim, config.head_dim);
+  raise_to(limits.group_heads, config.num_heads / config.num_kv_heads);
+  raise_to(limits.in_features, std::max({config.hidden_size, q_width, config.intermediate_size}));
+  raise_to(limits.out_features,
+           std::max({config.hidden_size, q_width + 2 * kv_width, config.intermediate_size}));
+  raise_to(limits.ffn_features, config.intermediate_size);
+}
+
 void forward_layer(Backend& backend, const ModelConfig& config, const DecoderLayer& layer,
                    const KvLayer& kv, const Tensor& rope, const Pass& pass,
                    const LayerWorkspace& workspace) {

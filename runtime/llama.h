@@ -50,6 +50,9 @@ struct LayerWorkspace {
 DecoderLayer read_decoder_layer(WeightReader& reader, const ModelConfig& config,
                                 const std::string& prefix, bool with_input_norm);
 
+// Raises the limits to what forward_layer asks for, rows and length aside.
+void raise_limits(WorkspaceLimits& limits, const ModelConfig& config);
+
 // workspace.hidden [n, d] in, out: one decoder layer.
 void forward_layer(Backend& backend, const ModelConfig& config, const DecoderLayer& layer,
                    const KvLayer& kv, const Tensor& rope, const Pass& pass,

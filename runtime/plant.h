@@ -15,12 +15,13 @@
 
 namespace frspec {
 
+constexpr uint64_t kPlantSeed = 0;
+
 struct Plant {
   const int32_t* recorded = nullptr;  // [length] tokens by position in the sequence
   int32_t length = 0;
   int32_t depth = 0;        // nodes of the chain below the root
   float acceptance = 0.0f;  // probability that a node of the chain is right, if its parent is
-  uint64_t seed = 0;
   int32_t vocab = 0;
 };
 
@@ -29,7 +30,7 @@ FRSPEC_HOST_DEVICE inline int32_t planted_depth(const Plant& plant, int32_t base
   int32_t depth = 0;
   while (depth < plant.depth) {
     const RandomBlock bits =
-        philox(plant.seed, static_cast<uint32_t>(base), static_cast<uint32_t>(depth), 2, 0);
+        philox(kPlantSeed, static_cast<uint32_t>(base), static_cast<uint32_t>(depth), 2, 0);
     if (static_cast<float>(bits.words[0]) * 0x1p-32f >= plant.acceptance) break;
     ++depth;
   }

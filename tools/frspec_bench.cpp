@@ -206,7 +206,9 @@ json measure(const Options& options, size_t number, bool first) {
                 "round ms", "draft ms", "verify ms", "of floor");
     print_row("plain", plain_samples, 1.0, share);
   }
+  const TreeShape& tree = engine.tree();
   json result = {{"vocab_size", size},
+                 {"tree", {tree.depth, tree.topk, tree.tokens}},
                  {"load_s", load_seconds},
                  {"memory_bytes", engine.plan().total_bytes()},
                  {"bandwidth_bytes_per_s", bandwidth},
@@ -244,9 +246,7 @@ int run(Options options) {
     const int64_t tokens = options.prompt_tokens + options.new_tokens + 64;
     options.engine.max_context = (tokens + 127) / 128 * 128;
   }
-  if (options.tree.empty()) {
-    options.engine.tree = make_backend(options.engine.device, 0)->default_tree();
-  } else {
+  if (!options.tree.empty()) {
     options.engine.tree = {options.tree[0], options.tree[1], options.tree[2]};
   }
   FRSPEC_CHECK(
@@ -258,14 +258,12 @@ int run(Options options) {
         "Accept lengths are planted: the drafter does its work, and what plain decoding"
         " wrote takes the place of its guesses.\n");
   }
-  json report = {
-      {"model", options.model},
-      {"prompt_tokens", options.prompt_tokens},
-      {"new_tokens", options.new_tokens},
-      {"repeats", options.repeats},
-      {"temperature", options.temperature},
-      {"tree", {options.engine.tree.depth, options.engine.tree.topk, options.engine.tree.tokens}},
-      {"planted", !options.accept_lengths.empty()}};
+  json report = {{"model", options.model},
+                 {"prompt_tokens", options.prompt_tokens},
+                 {"new_tokens", options.new_tokens},
+                 {"repeats", options.repeats},
+                 {"temperature", options.temperature},
+                 {"planted", !options.accept_lengths.empty()}};
   const size_t runs = options.drafter.empty() ? 1 : options.vocab_sizes.size();
   bool same = true;
   for (size_t i = 0; i < runs; ++i) {

@@ -107,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing live")
     add_tree_options(parser)
+    parser.set_defaults(device="auto")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
             ranking=RANKING,
             vocab_size=vocab_size,
             max_context=args.max_new_tokens + 256,  # the prompts are shorter
+            device=args.device,
             threads=args.threads,
             tree=draft_tree(args),
         )

@@ -379,15 +379,16 @@ def plan_engine(
     medusa = medusa_tree_options(medusa_choices)
     if tree is not None and medusa.get("medusa_paths"):
         raise RequestError("medusa_choices: a list of paths is a whole tree; give it or tree")
-    if tree is None:
-        tree = default_tree(device)
     options = {
         "max_context": _option("max_context", max_context),
         "memory_limit": _option("memory_limit", memory_limit),
         "threads": _option("threads", threads),
-        "tree_depth": _number("tree depth", tree.depth, int, _INT32),
-        "tree_topk": _number("tree topk", tree.topk, int, _INT32),
-        "tree_tokens": _number("tree tokens", tree.tokens, int, _INT32),
+        "tree": None
+        if tree is None
+        else tuple(
+            _number(f"tree {name}", size, int, _INT32)
+            for name, size in dataclasses.asdict(tree).items()
+        ),
     }
     engine = Engine(
         str(folder),

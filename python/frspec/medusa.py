@@ -34,6 +34,15 @@ def read_medusa_choices(name: str) -> MedusaChoices:
         raise RequestError(f"--medusa-choices {name}: cannot be read as JSON: {error}") from None
 
 
+def drafter_method(folder: Path) -> str:
+    """The method that the drafter in `folder` is for, as its config.json tells."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "eagle2"  # loading it says what is wrong
+    return "medusa" if isinstance(config, dict) and "medusa_num_heads" in config else "eagle2"
+
+
 def medusa_tree_options(choices: Any) -> dict[str, Any]:
     """The engine's arguments for `choices`; RequestError unless they are of its type.
 

@@ -38,10 +38,15 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = True) ->
     )
     group.add_argument(
         "--vocab-size",
-        type=_vocab_size,
+        type=vocab_size,
         metavar="N|full",
         help="the drafter scores only the N most frequent tokens (default: full)",
     )
+    add_medusa_choices(group)
+
+
+def add_medusa_choices(group: argparse._ArgumentGroup) -> None:
+    """--medusa-choices"""
     group.add_argument(
         "--medusa-choices",
         metavar="NAME|FILE",
@@ -186,15 +191,13 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _vocab_size(text: str) -> int | str:
+def vocab_size(text: str) -> int | str:
+    """A number of tokens from 1, or "full": the type of --vocab-size."""
     if text == "full":
         return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a number of tokens or 'full', found {text!r}"
-        ) from None
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a number of tokens or 'full', found {text!r}")
+    return int(text)
 
 
 def _byte_count(text: str) -> int:

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace frspec::testing {
+namespace frspec::test {
 
 // A new folder that is removed with its contents.
 class TempFolder {
@@ -107,4 +107,4 @@ inline void check_names(const std::string& message, const std::vector<std::strin
   }
 }
 
-}  // namespace frspec::testing
+}  // namespace frspec::test

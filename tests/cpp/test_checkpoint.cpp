@@ -7,8 +7,8 @@
 #include "check.h"
 #include "file_fixtures.h"
 
-using namespace frspec;           // NOLINT
-using namespace frspec::testing;  // NOLINT
+using namespace frspec;        // NOLINT
+using namespace frspec::test;  // NOLINT
 
 namespace {
 

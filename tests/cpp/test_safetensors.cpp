@@ -11,8 +11,8 @@
 #include "file_fixtures.h"
 #include "safetensors.h"
 
-using namespace frspec;           // NOLINT
-using namespace frspec::testing;  // NOLINT
+using namespace frspec;        // NOLINT
+using namespace frspec::test;  // NOLINT
 
 namespace {
 

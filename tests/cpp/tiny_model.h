@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "file_fixtures.h"
+
 namespace frspec::test {
 
 struct TinySizes {
@@ -22,10 +24,16 @@ struct TinySizes {
   int64_t head_dim = 16;
 };
 
+// Where all of them are: a folder of this process, gone when it ends.
+inline const TempFolder& tiny_models() {
+  static const TempFolder folder;
+  return folder;
+}
+
 class FolderWriter {
  public:
   explicit FolderWriter(const std::string& name, uint32_t seed)
-      : folder_(std::filesystem::temp_directory_path() / ("frspec_test_" + name)), random_(seed) {
+      : folder_(tiny_models().path(name)), random_(seed) {
     std::filesystem::remove_all(folder_);
     std::filesystem::create_directories(folder_);
   }
@@ -238,8 +246,7 @@ inline std::string write_predictable_medusa(const std::string& name, const TinyS
 
 // A ranking of all token ids, each third one first.
 inline std::string write_tiny_ranking(const std::string& name, int64_t vocab) {
-  const std::filesystem::path path =
-      std::filesystem::temp_directory_path() / ("frspec_test_" + name + ".safetensors");
+  const std::filesystem::path path = tiny_models().path(name + ".safetensors");
   std::vector<int32_t> tokens;
   for (int64_t first = 0; first < 3; ++first) {
     for (int64_t token = first; token < vocab; token += 3) {

@@ -60,7 +60,8 @@ void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped
   const DeviceArray<float> logprobs(count);
   const DeviceArray<int32_t> tokens(count);
   topk_logprobs(logprobs.data(), tokens.data(), logits.tensor(),
-                mapped ? device_columns.data() : nullptr, k, {sums.data(), entries.data()}, stream);
+                mapped ? device_columns.data() : nullptr, k,
+                {sums.data(), sums.size(), entries.data(), entries.size()}, stream);
   const auto got_logprobs = logprobs.get(stream);
   const auto got_tokens = tokens.get(stream);
 
@@ -102,6 +103,12 @@ TEST_CASE("topk_logprobs refuses more than there is") {
         topk_logprobs(logprobs.data(), tokens.data(), logits.tensor(), nullptr, k, {}, stream),
         Error);
   }
+  // Enough for the sums, not for the entries.
+  const DeviceArray<float2> sums(1);
+  const DeviceArray<uint64_t> entries(3);
+  CHECK_THROWS_WITH_AS(topk_logprobs(logprobs.data(), tokens.data(), logits.tensor(), nullptr, 4,
+                                     {sums.data(), 1, entries.data(), 3}, stream),
+                       doctest::Contains("exceed the planned workspace"), Error);
 }
 
 TEST_CASE("choose_tokens chooses what the CPU chooses") {
@@ -136,7 +143,7 @@ TEST_CASE("choose_tokens chooses what the CPU chooses") {
         CAPTURE(sampling.seed);
         const DeviceArray<Sampling> device_sampling(std::vector<Sampling>{sampling});
         choose_tokens(tokens.data(), logits.tensor(), device_sampling.data(),
-                      device_positions.data(), scratch.data(), stream);
+                      device_positions.data(), {scratch.data(), scratch.size()}, stream);
         std::vector<int32_t> want(kRows);
         cpu->choose_tokens(want.data(), host_tensor(logits), &sampling, positions.data());
         CHECK(tokens.get(stream) == want);
@@ -159,12 +166,12 @@ TEST_CASE("a row's choice does not depend on the rows beside it") {
     const DeviceArray<Sampling> device_sampling(std::vector<Sampling>{sampling});
     const DeviceArray<int32_t> all(kRows);
     choose_tokens(all.data(), logits.tensor(), device_sampling.data(), device_positions.data(),
-                  scratch.data(), stream);
+                  {scratch.data(), scratch.size()}, stream);
     const auto together = all.get(stream);
     const DeviceArray<int32_t> one(1);
     for (int64_t r = 0; r < kRows; ++r) {
       choose_tokens(one.data(), logits.tensor().row_slice(r, 1), device_sampling.data(),
-                    device_positions.data() + r, scratch.data(), stream);
+                    device_positions.data() + r, {scratch.data(), scratch.size()}, stream);
       CHECK(one.get(stream)[0] == together[static_cast<size_t>(r)]);
     }
   }
@@ -192,7 +199,7 @@ TEST_CASE("special values among the logits") {
         const DeviceArray<Sampling> sampling(
             std::vector<Sampling>{{temperature, top_k, top_p, 0.0f, 9}});
         choose_tokens(tokens.data(), logits.tensor(), sampling.data(), positions.data(),
-                      scratch.data(), stream);
+                      {scratch.data(), scratch.size()}, stream);
         const auto got = tokens.get(stream);
         for (const int32_t token : got) CHECK((token >= 0 && token < kVocab));
         CHECK(got[2] == 5000);

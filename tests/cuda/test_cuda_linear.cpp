@@ -250,6 +250,14 @@ TEST_CASE("linear refuses what does not fit") {
                          scratch.view(), stream),
                   Error);
   const DeviceMatrix x(DType::kBF16, 2, 64, random);
+  DeviceMatrix wide(DType::kBF16, 2, 72);
+  CHECK_THROWS_AS(linear(wide.tensor(), x.tensor(), weight.weight(), nullptr, nullptr, split,
+                         scratch.view(), stream),
+                  Error);
+  const Tensor residual = wide.tensor();
+  CHECK_THROWS_WITH_AS(linear(y.tensor(), x.tensor(), weight.weight(), nullptr, &residual, split,
+                              scratch.view(), stream),
+                       doctest::Contains("the residual's shape differs"), Error);
   CHECK_THROWS_AS(linear(y.tensor(), x.tensor(), weight.weight(), nullptr, nullptr, {2, 64},
                          scratch.view(), stream),
                   Error);

@@ -89,24 +89,12 @@ class DraftBench {
     target_.embedding = head;
     for (const auto& draft : drafts_) {
       draft->eagle.layout(*backend_, arena, target_, kContext, kObserved);
-      layout_tree(arena, draft->tree, draft->eagle.tree_nodes());
+      draft->tree = layout_tree(arena, "tree", draft->eagle.tree_nodes());
     }
     features_ = arena.take_tensor("features", kType, kObserved, config.hidden_size);
     if (!arena.planning()) fill_random(*backend_, features_, 2);
     rows_ = arena.take_array<int32_t>("rows", kObserved);
     root_ = arena.take_array<int32_t>("rows", 2);
-  }
-
-  static void layout_tree(Arena& arena, DraftTree& tree, int32_t nodes) {
-    const auto count = static_cast<size_t>(nodes);
-    tree.nodes = nodes;
-    tree.ancestor_words = (nodes + 63) / 64;
-    for (int32_t** each : {&tree.tokens, &tree.parents, &tree.positions, &tree.slots, &tree.prefix,
-                           &tree.base, &tree.selected}) {
-      *each = arena.take_array<int32_t>("tree", count);
-    }
-    tree.ancestors =
-        arena.take_array<uint64_t>("tree", count * static_cast<size_t>(tree.ancestor_words));
   }
 
   int64_t level_bytes(int64_t head_width) const {

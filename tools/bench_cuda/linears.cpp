@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "bench.h"
-#include "cublas.h"
+#include "cublas_handle.h"
 #include "handles.h"
 #include "kernels.h"
 #include "memory.h"
@@ -12,7 +12,6 @@ namespace frspec::cuda::bench {
 namespace {
 
 constexpr DType kType = DType::kBF16;
-constexpr size_t kCublasWorkspaceBytes = size_t{32} << 20;
 constexpr int kFreeParts[] = {1, 2, 4, 8};
 
 struct Shape {
@@ -38,39 +37,6 @@ std::vector<Shape> shapes_of(const Bench& bench) {
           {"head", c.vocab_size, c.hidden_size, false, true}};
 }
 
-class Cublas {
- public:
-  Cublas(cudaStream_t stream, void* workspace) : api_(cublas_api()) {
-    check_status(api_.create(&handle_));
-    check_status(api_.set_stream(handle_, stream));
-    check_status(api_.set_workspace(handle_, workspace, kCublasWorkspaceBytes));
-  }
-  ~Cublas() { api_.destroy(handle_); }
-  Cublas(const Cublas&) = delete;
-  Cublas& operator=(const Cublas&) = delete;
-
-  // out [n, o] = x [n, i] . w [o, i]^T
-  void multiply(const Tensor& out, const Tensor& x, const void* w) const {
-    const float one = 1.0f;
-    const float zero = 0.0f;
-    const auto o = static_cast<int>(out.cols);
-    const auto i = static_cast<int>(x.cols);
-    check_status(api_.gemm_ex(handle_, kCublasTranspose, kCublasNoTranspose, o,
-                              static_cast<int>(x.rows), i, &one, w, CUDA_R_16BF, i, x.data,
-                              CUDA_R_16BF, i, &zero, out.data,
-                              out.dtype == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF, o,
-                              kCublasCompute32F, kCublasDefaultAlgorithm));
-  }
-
- private:
-  static void check_status(int status) {
-    FRSPEC_CHECK(status == 0, DeviceError, "cuBLAS status ", status);
-  }
-
-  const CublasApi& api_;
-  void* handle_ = nullptr;
-};
-
 class LinearBench {
  public:
   explicit LinearBench(Bench& bench)
@@ -86,7 +52,7 @@ class LinearBench {
       for (const LinearWeight& weight : copies) backend_->fill_linear(weight, ++seed);
     }
     backend_->end_load();
-    cublas_ = std::make_unique<Cublas>(stream_, cublas_workspace_);
+    cublas_ = std::make_unique<CublasHandle>(stream_, cublas_workspace_);
   }
 
   json run() {
@@ -119,7 +85,7 @@ class LinearBench {
       widest_out = std::max(widest_out, outputs);
       for (const int parts : kFreeParts) {
         const LinearScratchSize size =
-            linear_scratch(most_rows_, shape.out, shape.swiglu, split_in(parts, shape.in));
+            linear_scratch(most_rows_, shape.out, shape.swiglu, split_in_parts(shape.in, parts));
         scratch_floats = std::max(scratch_floats, size.partial_floats);
         tickets = std::max(tickets, size.tickets);
       }
@@ -129,11 +95,6 @@ class LinearBench {
     scratch_ = {arena.take_array<float>("scratch", scratch_floats), scratch_floats,
                 arena.take_array<unsigned>("scratch", tickets), tickets};
     cublas_workspace_ = arena.take("scratch", kCublasWorkspaceBytes);
-  }
-
-  static LinearSplit split_in(int64_t parts, int64_t in) {
-    const int64_t depth = ((in + parts - 1) / parts + 63) / 64 * 64;
-    return {static_cast<int>((in + depth - 1) / depth), static_cast<int>(depth)};
   }
 
   static LinearWeight gate_of(const Shape& shape, LinearWeight both) {
@@ -167,15 +128,15 @@ class LinearBench {
     samples.push_back(sample_stream(stream_, [&] {
       // Gate and up in one product; the SiLU that would follow is not counted.
       const Tensor product = out_of(shape, n, copies.front().out_features);
-      for (const LinearWeight& copy : copies) cublas_->multiply(product, x, copy.data);
+      for (const LinearWeight& copy : copies) cublas_->multiply(product, x, copy.data, 0.0f);
     }));
     for (const int parts : kFreeParts) {
       samples.push_back(sample_stream(stream_, [&] {
         for (const LinearWeight& copy : copies) {
           const LinearWeight gate = gate_of(shape, copy);
           const LinearWeight up = up_of(shape, copy);
-          linear(out, x, gate, shape.swiglu ? &up : nullptr, nullptr, split_in(parts, shape.in),
-                 scratch_, stream_);
+          linear(out, x, gate, shape.swiglu ? &up : nullptr, nullptr,
+                 split_in_parts(shape.in, parts), scratch_, stream_);
         }
       }));
     }
@@ -205,7 +166,7 @@ class LinearBench {
   Tensor x_, out_;
   LinearScratch scratch_{};
   void* cublas_workspace_ = nullptr;
-  std::unique_ptr<Cublas> cublas_;
+  std::unique_ptr<CublasHandle> cublas_;
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include "bench.h"
 #include "cuda_backend.h"
+#include "llama.h"
 
 namespace frspec::cuda::bench {
 
@@ -35,9 +36,8 @@ WorkspaceLimits Bench::limits(int64_t rows, int64_t visible) const {
   limits.beam_rows = settings.tree.topk;
   limits.vocab = target.vocab_size;
   limits.visible = visible;
-  limits.query_heads = std::max(target.num_heads, drafter.num_heads);
-  limits.head_dim = std::max(target.head_dim, drafter.head_dim);
-  limits.ffn_features = std::max(target.intermediate_size, drafter.intermediate_size);
+  raise_limits(limits, target);
+  raise_limits(limits, drafter);
   return limits;
 }
 

@@ -8,27 +8,17 @@ namespace frspec::cuda::bench {
 
 namespace {
 
-class RecordedGraph {
+class TimedGraph {
  public:
-  RecordedGraph(cudaStream_t stream, const std::function<void()>& body) : stream_(stream) {
-    body();  // what a library sets up at its first call cannot be recorded
-    check(cudaStreamSynchronize(stream), "warming up");
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
-    check(cudaEventRecordWithFlags(start_, stream, cudaEventRecordExternal), "recording");
-    body();
-    check(cudaEventRecordWithFlags(end_, stream, cudaEventRecordExternal), "recording");
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamEndCapture(stream, &graph), "recording");
-    const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
-    cudaGraphDestroy(graph);
-    check(error, "instantiating a graph");
-  }
-  ~RecordedGraph() { cudaGraphExecDestroy(graph_); }
-  RecordedGraph(const RecordedGraph&) = delete;
-  RecordedGraph& operator=(const RecordedGraph&) = delete;
+  TimedGraph(cudaStream_t stream, const std::function<void()>& body)
+      : stream_(stream), graph_(stream, [&] {
+          record(start_);
+          body();
+          record(end_);
+        }) {}
 
   double run() {
-    check(cudaGraphLaunch(graph_, stream_), "launching a graph");
+    graph_.launch(stream_);
     check(cudaStreamSynchronize(stream_), "waiting for a graph");
     float milliseconds = 0.0f;
     check(cudaEventElapsedTime(&milliseconds, start_, end_), "reading time stamps");
@@ -36,10 +26,14 @@ class RecordedGraph {
   }
 
  private:
+  void record(const Event& event) const {
+    check(cudaEventRecordWithFlags(event, stream_, cudaEventRecordExternal), "recording");
+  }
+
   cudaStream_t stream_;
-  cudaGraphExec_t graph_ = nullptr;
   Event start_;
   Event end_;
+  Graph graph_;
 };
 
 }  // namespace
@@ -60,7 +54,9 @@ Sample sample_backend(Backend& backend, std::function<void()> body) {
 }
 
 Sample sample_stream(cudaStream_t stream, const std::function<void()>& body) {
-  const auto graph = std::make_shared<RecordedGraph>(stream, body);
+  body();  // what a library sets up at its first call cannot be recorded
+  check(cudaStreamSynchronize(stream), "warming up");
+  const auto graph = std::make_shared<TimedGraph>(stream, body);
   return [graph] { return graph->run(); };
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from .. import hub
 from ..errors import RequestError
 from ..evaluation import humaneval, plots, report
 from ..evaluation.generate import Setup
@@ -20,12 +21,15 @@ from ..evaluation.sandbox import check_isolation
 from ..evaluation.statistics import Run
 from ..evaluation.tasks import TASKS, load_questions, parse_tasks
 from ..generator import plan_engine
+from ..medusa import drafter_method, read_medusa_choices
 from ..options import (
     add_machine_options,
+    add_medusa_choices,
     add_sampling_options,
     add_tree_options,
     draft_tree,
     sampling_options,
+    vocab_size,
 )
 from .info import version
 
@@ -83,7 +87,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[METHOD=]DIR|HUB",
-        help="drafter of a method (default: of eagle2); may be given for several methods",
+        help="drafter; one for each method may be given (default: of the method it is made for)",
     )
     group.add_argument(
         "--ranking",
@@ -99,11 +103,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--vocab-sizes",
         nargs="+",
-        type=_vocab_size,
+        type=vocab_size,
         metavar="N|full",
         help="tokens that each drafter scores (default: full, with a ranking also 32768 16384"
         " 8192 as far as the vocabulary goes)",
     )
+    add_medusa_choices(group)
 
 
 def _add_task_options(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +186,7 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
     for text in args.drafter:
         method, equals, folder = text.partition("=")
         named = equals and not Path(text).exists()
-        drafters |= {method: folder} if named else {"eagle2": text}
+        drafters |= {method: folder} if named else {drafter_method(hub.resolve(text)): text}
     wanted = args.methods or [PLAIN, *drafters]
     sizes = args.vocab_sizes
     if sizes is None:
@@ -196,6 +201,9 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
         machine={name: getattr(args, name) for name in names},
         tree=draft_tree(args),
         request={"max_new_tokens": args.max_new_tokens} | sampling_options(args),
+        medusa_choices=None
+        if args.medusa_choices is None
+        else read_medusa_choices(args.medusa_choices),
     )
     return setup, configurations(wanted, sizes, drafters)
 
@@ -221,7 +229,7 @@ def _report(folders: list[Path], out: Path, args: argparse.Namespace) -> int:
         runs.append(run)
     written = {} if args.no_plots else plots.write_plots(out, runs)
     text = report.markdown(runs, passes, written)
-    report.write_whole(out / report.FILE_NAME, text.encode())
+    report.write_file(out / report.FILE_NAME, text.encode())
     print(text.partition("## Plots")[0].rstrip())
     say(f"written: {', '.join(os.fspath(out / name) for name in (report.FILE_NAME, *written))}")
     differing = [
@@ -239,10 +247,3 @@ def _track_programs(items: Iterable) -> Iterable:
     console = Console(stderr=True)
     return track(items, "running programs", console=console, disable=not console.is_terminal)
 
-
-def _vocab_size(text: str) -> int | str:
-    if text == "full":
-        return text
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a number of tokens or 'full', found {text!r}")
-    return int(text)

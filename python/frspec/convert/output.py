@@ -15,6 +15,7 @@ import numpy as np
 
 from frspec.convert.tensors import LazyTensor
 from frspec.errors import ConversionError
+from frspec.files import umask
 
 # Called as progress(bytes written, bytes in all, name of the tensor being written).
 Progress = Callable[[int, int, str], None]
@@ -65,9 +66,7 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         raise ConversionError(f"{out}: cannot write into {parent}: {error.strerror}") from error
     replaced = None
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        stage.chmod(0o777 & ~umask)  # mkdtemp's folder is private; a model folder is not
+        stage.chmod(0o777 & ~umask())  # mkdtemp's folder is private; a model folder is not
         yield stage
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and any(out.iterdir()):

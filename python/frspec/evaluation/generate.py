@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import MemoryPlanError, RequestError
 from ..generator import Generator, Result, Tree
+from ..medusa import MedusaChoices
 from .methods import PLAIN, Configuration
 from .results import Record
 from .tasks import TASKS, Question
@@ -34,6 +35,7 @@ class Setup:
     machine: Mapping[str, Any]
     tree: Tree | None
     request: Mapping[str, Any]
+    medusa_choices: MedusaChoices | None = None
 
     def on(self, **machine: Any) -> Setup:
         """The same with another device or number of threads."""
@@ -44,6 +46,8 @@ class Setup:
         options = {"model": self.model, "tree": self.tree, **self.machine}
         if configuration.method != PLAIN:
             options["drafter"] = self.drafters[configuration.method]
+            if configuration.method == "medusa":
+                options["medusa_choices"] = self.medusa_choices
             if configuration.vocab_size is not None:
                 options |= {"ranking": self.ranking, "vocab_size": configuration.vocab_size}
         return options

@@ -13,6 +13,7 @@ PLAIN = "plain"
 LABELS = {
     PLAIN: "plain",
     "eagle2": "EAGLE-2",
+    "medusa": "Medusa",
 }
 
 
@@ -36,10 +37,10 @@ class Configuration:
 
     @classmethod
     def parse(cls, name: str) -> Configuration:
-        """The configuration of a name; ValueError for what is none."""
+        """The configuration of a name; EvaluationError for what is none."""
         method, _, size = name.partition("-")
         if not method or (size and not size.isdecimal()):
-            raise ValueError(f"expected a method such as eagle2-32768, found {name!r}")
+            raise EvaluationError(f"expected a method such as eagle2-32768, found {name!r}")
         return cls(method, int(size) if size else None)
 
 

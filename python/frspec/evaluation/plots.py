@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import EvaluationError
 from .methods import PLAIN, Configuration, short_size
-from .report import write_whole
+from .report import write_file
 from .statistics import Run
 
 # Colours that stay apart for the colour-blind (Okabe and Ito); plain decoding is grey.
@@ -30,7 +30,7 @@ def write_plots(folder: Path, runs: Sequence[Run]) -> dict[str, str]:
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
-        write_whole(folder / name, data.getvalue())
+        write_file(folder / name, data.getvalue())
         written[name] = title
 
     for index, run in enumerate(runs, 1):

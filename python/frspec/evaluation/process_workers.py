@@ -71,6 +71,11 @@ class ProcessWorkers:
 
 def divide(setup: Setup, count: int) -> list[Setup]:
     """The setup of each of `count` workers on this machine: its share of threads, or its GPU."""
+    if setup.machine["device"].startswith("cuda:") and count > 1:
+        raise EvaluationError(
+            f"--workers {count}: expected --device cuda, a GPU for each, found"
+            f" {setup.machine['device']}"
+        )
     gpus = _gpu_count(setup, count) if setup.machine["device"] in ("cuda", "auto") else 0
     if 0 < gpus < count:
         raise EvaluationError(f"--workers {count}: found {gpus} GPUs, expected one for each")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import EvaluationError
+from ..files import write_whole
 from .methods import Configuration
 from .statistics import Run
 
@@ -124,21 +123,13 @@ def comparison_table(runs: Sequence[Run]) -> str:
     return _table(columns, rows, words=2)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    temporary = None
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file of the report, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
+        write_whole(path, data)
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _describe(run: Run) -> str:

@@ -105,12 +105,14 @@ class ResultsFile:
 
     def _restore(self, header: dict[str, Any]) -> None:
         lines, whole = _parse(self.path)
-        if not lines:
-            # Nothing, or the beginning of a header: a run that ended before its first result.
+        if lines:
+            _check_header(self.path, lines[0], header if len(lines) > 1 else None)
+        if len(lines) < 2:
+            # Nothing but a header, or the beginning of one: a run that ended before its first
+            # result, perhaps because its options were refused.
             os.ftruncate(self._fd, 0)
             self._write(_line({"kind": "header", "version": VERSION} | header))
             return
-        _check_header(self.path, lines[0], header)
         self.records = lines[1:]
         self.dropped = _count_lines(self.path) - len(lines)
         os.ftruncate(self._fd, whole)

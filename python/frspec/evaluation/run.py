@@ -20,7 +20,7 @@ from rich.progress import (
 
 from .. import _core, hub
 from ..errors import RequestError
-from ..generator import default_tree, plan_engine
+from ..generator import Tree, plan_engine
 from ..tokenizer import Tokenizer
 from .fingerprint import file_fingerprint, folder_fingerprint
 from .generate import Job, Setup, chat_messages, mark_identity
@@ -36,8 +36,10 @@ class Plan:
     """Where the methods run: device, and whether all of them fit into its memory together."""
 
     device: str
+    device_name: str
     max_context: int
     vocab_size: int
+    tree: Tree
     together: bool
 
 
@@ -50,10 +52,14 @@ def plan_methods(setup: Setup, methods: Iterable[Configuration], workers: str = 
     if engine.device == "cpu" and workers.isdecimal():  # they share the memory
         total *= max(1, int(workers))
     kind = engine.device.split(":")[0]
-    available = next((d["available_bytes"] for d in _core.devices() if d["name"] == kind), 0)
+    device = next(d for d in _core.devices() if d["name"] == kind)
+    available = device["available_bytes"]
     if setup.machine["memory_limit"] is not None:
         available = min(available, setup.machine["memory_limit"])
-    return Plan(engine.device, engine.max_context, engine.vocab_size, total <= available)
+    name = device["description"].partition(",")[0]
+    tree = Tree(*engine.tree)
+    fits = total <= available
+    return Plan(engine.device, name, engine.max_context, engine.vocab_size, tree, fits)
 
 
 def check_template(setup: Setup, questions: Sequence[Question]) -> None:
@@ -68,7 +74,6 @@ def make_header(
 ) -> dict[str, Any]:
     """What results depend on. Tasks and --limit are not in it: a run may be extended."""
     drafters = {name: hub.resolve(folder) for name, folder in setup.drafters.items()}
-    tree = setup.tree or default_tree(setup.machine["device"])
     return {
         "model": setup.model,
         "model_fingerprint": folder_fingerprint(hub.resolve(setup.model)),
@@ -80,8 +85,10 @@ def make_header(
         else file_fingerprint(Path(setup.ranking)),
         "methods": [method.name for method in methods],
         "request": dict(setup.request),
-        "tree": dataclasses.asdict(tree),
+        "tree": dataclasses.asdict(plan.tree),
+        "medusa_choices": setup.medusa_choices,
         "device": plan.device.split(":")[0],
+        "device_name": plan.device_name,
         "dtype": setup.machine["dtype"],
         "max_context": plan.max_context,
         "threads": setup.machine["threads"],
@@ -167,7 +174,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         console=console,
         disable=not console.is_terminal,  # an unfinished bar would stand before an error's line
     )

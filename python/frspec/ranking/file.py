@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import RankingError
+from ..files import write_whole
 
 FORMAT = "frspec-ranking"
 VERSION = "1"
@@ -122,18 +122,10 @@ class Ranking:
                 "source": self.source,
             },
         )
-        temporary = None
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private
-            os.replace(temporary, path)
+            write_whole(path, data)
         except OSError as error:
             raise RankingError(f"{path}: cannot be written: {error.strerror}") from None
-        finally:
-            if temporary is not None and os.path.exists(temporary):
-                os.unlink(temporary)
 
     def validate(self, fingerprint: str | None = None, vocab_size: int | None = None) -> None:
         """Checks the file itself and, where given, that it belongs to a model.
@@ -210,12 +202,6 @@ class Ranking:
 
     def _fail(self, message: str):
         raise RankingError(f"{self.path}: {message}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _text(path: str, metadata: dict[str, str], name: str) -> str:

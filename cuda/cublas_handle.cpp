@@ -1,0 +1,48 @@
+#include "cublas_handle.h"
+
+#include "check.h"
+#include "cublas.h"
+
+namespace frspec::cuda {
+namespace {
+
+void check_cublas(int status, const char* doing) {
+  FRSPEC_CHECK(status == 0, DeviceError, doing, ": cuBLAS status ", status);
+}
+
+cudaDataType_t data_type(DType dtype) {
+  return dtype == DType::kF32 ? CUDA_R_32F : dtype == DType::kBF16 ? CUDA_R_16BF : CUDA_R_16F;
+}
+
+}  // namespace
+
+CublasHandle::CublasHandle(cudaStream_t stream, void* workspace) {
+  const CublasApi& api = cublas_api();
+  check_cublas(api.create(&handle_), "creating a cuBLAS handle");
+  try {
+    // A change of the stream would end the workspace.
+    check_cublas(api.set_stream(handle_, stream), "setting cuBLAS's stream");
+    check_cublas(api.set_workspace(handle_, workspace, kCublasWorkspaceBytes),
+                 "setting cuBLAS's workspace");
+  } catch (...) {
+    api.destroy(handle_);
+    throw;
+  }
+}
+
+CublasHandle::~CublasHandle() { cublas_api().destroy(handle_); }
+
+void CublasHandle::multiply(const Tensor& out, const Tensor& x, const void* w, float beta) const {
+  const float one = 1.0f;
+  const auto in_features = static_cast<int>(x.cols);
+  // Row-major out [n, o] is column-major [o, n].
+  const int status = cublas_api().gemm_ex(
+      handle_, kCublasTranspose, kCublasNoTranspose, static_cast<int>(out.cols),
+      static_cast<int>(x.rows), in_features, &one, w, data_type(x.dtype), in_features, x.data,
+      data_type(x.dtype), static_cast<int>(x.stride), &beta, out.data, data_type(out.dtype),
+      static_cast<int>(out.stride), kCublasCompute32F, kCublasDefaultAlgorithm);
+  FRSPEC_CHECK(status == 0, DeviceError, "linear: cuBLAS status ", status, " for [", x.rows, ", ",
+               x.cols, "] x [", out.cols, ", ", x.cols, "]");
+}
+
+}  // namespace frspec::cuda
