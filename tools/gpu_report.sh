@@ -68,16 +68,16 @@ on_model() {
 
 # cuBLAS is opened at run time; where Python packages have it, the loader must be told.
 add_cublas() {
-  [[ $(ldconfig -p 2>/dev/null) != *libcublas.so.13* ]] || return
+  [[ $(ldconfig -p 2>/dev/null) != *libcublas.so.1[23]* ]] || return
   local folder
   for folder in "$site"/nvidia/cu13/lib "${CUDA_HOME:-/usr/local/cuda}"/{lib64,lib} \
     "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/nvidia/c*/lib; do
-    if [ -e "$folder/libcublas.so.13" ]; then
+    if compgen -G "$folder/libcublas.so.1[23]" >/dev/null; then
       export LD_LIBRARY_PATH=$folder${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
       return
     fi
   done
-  echo "libcublas.so.13 was not found"
+  echo "libcublas.so.12 or .13 was not found"
 }
 
 # ==== The pieces
@@ -105,7 +105,6 @@ piece_build() {
     echo "nanobind or Python.h is missing: no Python module"
     options+=(-DFRSPEC_BUILD_PYTHON=OFF)
   fi
-  # simde is for tests that are not built here.
   with_site cmake -S . -B "$build" "${options[@]}" -DFRSPEC_CUDA=ON "-DFRSPEC_CUDA_ARCHS=$archs" \
     -DFRSPEC_BUILD_TESTS=ON -DFRSPEC_BUILD_TOOLS=ON || return 1
   with_site cmake --build "$build" -j "$(nproc)" --target "${targets[@]}" || return 1

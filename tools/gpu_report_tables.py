@@ -239,10 +239,12 @@ def shapes_part(pieces: dict[str, Any]) -> list[str]:
                 "",
             ]
         if memory := result.get("memory"):
-            planned, taken = memory["planned_bytes"], memory["taken_after_generation_bytes"]
+            planned = memory["planned_bytes"]
+            loaded, used = memory["taken_by_load_bytes"], memory["taken_after_generation_bytes"]
             lines += [
-                f"The memory plan says {planned / 1e9:.3f} GB; after generating,"
-                f" {taken / 1e9:.3f} GB are taken ({100 * (taken / planned - 1):+.2f} %).",
+                f"The memory plan says {planned / 1e9:.3f} GB; loading takes {loaded / 1e9:.3f} GB"
+                f" ({100 * (loaded / planned - 1):+.2f} %), and with the kernels and graphs of the"
+                f" first rounds it is {used / 1e9:.3f} GB ({100 * (used / planned - 1):+.2f} %).",
                 "",
             ]
     return lines

@@ -5,7 +5,7 @@ Reads what ptxas said while the kernels were compiled, which the build keeps bes
 kernel declares; memory that is asked for at the launch is not known here. Exits with 1 if a kernel
 spills registers, with 2 if there is nothing to read.
 
-    python tools/kernel_resources.py build/kernels [--json FILE]
+    python tools/kernel_resources.py build/cp* [--json FILE]
 """
 
 from __future__ import annotations

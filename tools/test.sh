@@ -12,6 +12,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 cmake -S . -B build/tests -G Ninja -DCMAKE_BUILD_TYPE=Release -DFRSPEC_BUILD_TESTS=ON \
   -DFRSPEC_BUILD_TOOLS=ON -DFRSPEC_BUILD_PYTHON=OFF -DFRSPEC_CUDA=OFF
 cmake --build build/tests
+[ -x build/tests/cuda_tests ] || { echo "test.sh: error: no CUDA headers were found" >&2; exit 1; }
+export FRSPEC_BENCH=$PWD/build/tests/frspec-bench FRSPEC_BENCH_CUDA=$PWD/build/tests/bench_cuda
 
 # Both run, so that one failure does not hide another.
 cpp=passed

@@ -6,7 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from command_line import write_talking_model
+from frspec import EvaluationError
+from frspec.evaluation.sandbox import check_isolation
 from reference import tiny
 
 # GSM8K's eight examples are about 460 words, each a token of the tiny tokenizer.
@@ -42,6 +46,7 @@ HUMAN_EVAL = [
 class EvaluationFiles:
     model: Path
     drafter: Path
+    heads: Path  # of Medusa
     ranking: Path
     spec_bench: Path
     gsm8k: Path
@@ -69,7 +74,8 @@ def write_evaluation_files(root: Path, ranking_writer) -> EvaluationFiles:
             ("spec_bench", SPEC_BENCH), ("gsm8k", GSM8K), ("human_eval", HUMAN_EVAL),
         )
     }  # fmt: skip
-    return EvaluationFiles(model, drafter, ranking, **files)
+    heads = tiny.write_medusa(root / "heads", MODEL, model, tiny.TinyMedusa())
+    return EvaluationFiles(model, drafter, heads, ranking, **files)
 
 
 def write_json_lines(path: Path, records: list) -> Path:
@@ -79,3 +85,14 @@ def write_json_lines(path: Path, records: list) -> Path:
 
 def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def skip_without_isolation() -> None:
+    """Skips where the system lets no process isolate another; any other failure is one."""
+    try:
+        check_isolation()
+    except EvaluationError as error:
+        text = str(error)
+        if any(why in text for why in ("not permitted", "Permission denied", "found darwin")):
+            pytest.skip(text)
+        raise

@@ -9,43 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from command_line import run_frspec
+from command_line import built_tool, write_synthetic_model
 
-BUILD = Path(__file__).parents[2] / "build" / "tests"
-BENCH = Path(os.environ.get("FRSPEC_BENCH_CUDA", BUILD / "bench_cuda"))
 # A small device beside the reserve, so that copies which measure the bandwidth are small.
 DEVICE = {"FRSPEC_EMULATION_DEVICE_BYTES": str(768 << 20)}
 HIDDEN, FFN, VOCAB, SUB_VOCAB = 64, 136, 320, 128
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": FFN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 1024,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "vocab_size": VOCAB}
     folder = tmp_path_factory.mktemp("bench_cuda")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    done = run_frspec("make-synthetic", "--config", folder / "config.json", folder / "model")
-    assert done.returncode == 0, done.stderr
-    return folder / "model"
+    return write_synthetic_model(folder, **sizes, max_position_embeddings=1024)
 
 
 def run_bench(model: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    if not BENCH.exists():
-        pytest.skip(f"{BENCH} is not built")
     options = ["--model", model, "--drafter", model / "drafter",
                "--ranking", model / "ranking.safetensors"]  # fmt: skip
     return subprocess.run(
-        [str(BENCH), *map(str, options), *map(str, args)],
+        [str(built_tool("bench_cuda")), *map(str, options), *map(str, args)],
         capture_output=True, text=True, timeout=300, env=os.environ | DEVICE,
     )  # fmt: skip
 
@@ -90,5 +72,5 @@ def test_every_part_reports(model, tmp_path) -> None:
 )
 def test_nonsense_is_refused(model, args, named) -> None:
     done = run_bench(model, *args)
-    assert done.returncode != 0
+    assert done.returncode > 0  # not by a signal
     assert named in done.stderr

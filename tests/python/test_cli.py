@@ -16,6 +16,7 @@ import pytest
 
 from command_line import FRSPEC, environment, run_frspec, write_talking_model
 from frspec import Generator
+from frspec.cli import _COMMANDS
 from frspec.options import _byte_count
 from reference import tiny
 
@@ -284,10 +285,7 @@ def test_info_about_the_build() -> None:
     assert build["cuda"] in run_frspec("info").stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["generate", "chat", "convert", "rank-tokens", "make-synthetic", "info", "demo", None],
-)
+@pytest.mark.parametrize("command", [*(name for name, *_ in _COMMANDS), None])
 def test_help(command) -> None:
     done = run_frspec(*([command] if command else []), "--help")
     assert done.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import zipfile
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from command_line import run_frspec
+from frspec import Tree, demo
 from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
+from frspec.generator import default_tree
+from frspec.options import draft_tree
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,13 @@ def test_cache_folder(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "frspec"
+
+
+def test_tree_options_complete_the_default() -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    default = default_tree()
+    assert draft_tree(parser.parse_args(["--tree-depth", "4"])) == Tree(
+        4, default.topk, default.tokens
+    )
+    assert draft_tree(parser.parse_args([])) is None

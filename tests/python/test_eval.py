@@ -17,6 +17,7 @@ from evaluation_files import (
     SPEC_BENCH,
     EvaluationFiles,
     read_json_lines,
+    skip_without_isolation,
     write_evaluation_files,
     write_json_lines,
 )
@@ -123,6 +124,25 @@ def test_report_has_the_tables(finished) -> None:
     ]  # fmt: skip
     row = next(line for line in report.splitlines() if line.startswith("| EAGLE-2 |"))
     assert row.split("|")[2].strip() == f"{sum(accept) / len(accept):.2f}"
+
+
+def test_medusa_beside_eagle(files, tmp_path) -> None:
+    command = files.arguments(tmp_path, "mt")
+    done = run_frspec(*command, "--drafter", files.heads, "--medusa-choices", "vicuna_7b_stage1")
+    assert done.returncode == 0, done.stderr
+    methods = ["plain", "eagle2", "eagle2-128", "medusa", "medusa-128"]
+    assert [record["method"] for record in records(tmp_path)][:5] == methods
+    assert all(record["same_as_plain"] for record in records(tmp_path))
+    assert "| Medusa + FR 128 |" in done.stdout
+    done = run_frspec(*command, "--drafter", files.heads)
+    assert "medusa_choices" in error_line(done)
+
+
+def test_a_run_that_was_refused_does_not_bind_the_folder(files, tmp_path) -> None:
+    command = files.arguments(tmp_path, "mt")
+    assert "temperature" in error_line(run_frspec(*command, "--temperature", -1))
+    done = run_frspec(*command, "--temperature", 1)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("where", ["in the header", "in a record", "between records", "at a line"])
@@ -296,8 +316,8 @@ def test_a_spec_bench_file_with_missing_fields(files, tmp_path, record, expect) 
     ("arguments", "expect"),
     [
         (["--tasks", "poems"], "unknown task 'poems': expected mt, conv"),
-        (["--methods", "lookahead"], "unknown method 'lookahead': expected plain, eagle2"),
-        (["--drafter", "medusa=somewhere"], "unknown method 'medusa'"),
+        (["--methods", "lookahead"], "unknown method 'lookahead': expected plain, eagle2, medusa"),
+        (["--drafter", "lookahead=somewhere"], "unknown method 'lookahead'"),
         (["--temperature", -1], "temperature"),
         (["--max-new-tokens", 0], "--max-new-tokens: expected at least 1, found 0"),
         (["--limit", 0], "--limit: expected at least 1, found 0"),
@@ -400,9 +420,8 @@ def test_gsm8k_and_human_eval_are_scored(files, tmp_path) -> None:
             record["text"] = "return x + 1" if plus_one else "return x * 7"
     write_json_lines(tmp_path / "results.jsonl", lines)
     command = ["eval", "--report-only", tmp_path, "--no-plots", "--human-eval", files.human_eval]
+    skip_without_isolation()
     done = run_frspec(*command, "--run-generated-code")
-    if "cannot be isolated" in done.stderr:
-        pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
     assert "| plain | 50.0% | 50.0% |" in done.stdout
     assert "| EAGLE-2 + FR 128 | 50.0% | 50.0% |" in done.stdout

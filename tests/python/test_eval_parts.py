@@ -15,7 +15,7 @@ from frspec import EvaluationError
 from frspec.evaluation.datafiles import data_file, read_records
 from frspec.evaluation.generate import Setup
 from frspec.evaluation.methods import Configuration, configurations
-from frspec.evaluation.process_workers import ProcessWorkers
+from frspec.evaluation.process_workers import ProcessWorkers, divide
 from frspec.evaluation.prompts import gsm8k_prompt
 from frspec.evaluation.results import ResultsFile, read_results
 from frspec.evaluation.run import generate
@@ -96,8 +96,9 @@ def test_gzip_and_blank_lines(tmp_path) -> None:
 
 
 def test_parquet(tmp_path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     path = tmp_path / "gsm8k.parquet"
     rows = [{"question": "How many?", "answer": "Two.\n#### 2"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -307,6 +308,11 @@ def test_nothing_is_counted_twice(tmp_path) -> None:
     assert len(read_results(tmp_path)[1]) == 1
 
 
+def test_workers_on_one_gpu_are_refused(files) -> None:
+    with pytest.raises(EvaluationError, match="--workers 2: expected --device cuda"):
+        divide(make_setup(files).on(device="cuda:1"), 2)
+
+
 def test_ray_workers(files, tmp_path, monkeypatch) -> None:
     ray = pytest.importorskip("ray")
     from frspec.evaluation.ray_workers import RayWorkers
@@ -385,7 +391,6 @@ def test_a_question_that_a_method_lacks_is_not_compared() -> None:
 
 
 def test_plots_are_images(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
     from frspec.evaluation.plots import write_plots
 
     run = make_run()

@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers
 
 from frspec.errors import ConversionError, HubError, ModelError, RankingError
@@ -74,8 +76,7 @@ def write_lines(path: Path, records) -> Path:
 
 
 def write_parquet(path: Path, records) -> Path:
-    arrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(records), path)
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
     return path
 
 

@@ -89,7 +89,7 @@ json measure_memory(const Bench& bench) {
   options.max_context = std::min<int64_t>(1024, bench.target.max_position_embeddings);
   options.tree = bench.settings.tree;
   Engine engine(options);
-  const size_t before = free_bytes();  // the context and the kernels are there
+  const size_t before = free_bytes();  // the context is there; kernels and graphs come later
   const Clock::time_point start = Clock::now();
   engine.load();
   const double load_seconds = std::chrono::duration<double>(Clock::now() - start).count();

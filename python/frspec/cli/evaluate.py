@@ -246,4 +246,3 @@ def _report(folders: list[Path], out: Path, args: argparse.Namespace) -> int:
 def _track_programs(items: Iterable) -> Iterable:
     console = Console(stderr=True)
     return track(items, "running programs", console=console, disable=not console.is_terminal)
-

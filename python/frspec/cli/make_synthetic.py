@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..convert.output import check_destination, staged_folder
+from ..convert.layout import config_count, read_config
+from ..convert.output import check_destination, staged_folder, write_json
 from ..errors import ModelError
 from ..ranking import Ranking
 
@@ -112,16 +112,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
     config = _read_config(args.config) | {"frspec_synthetic_seed": args.seed}
-    config.pop("quantization_config", None)
     out = Path(args.out).expanduser()
     sources = [] if args.config in SHAPES else [Path(args.config).expanduser()]
     check_destination(out, sources, force=args.force)
     with staged_folder(out, 1 << 20) as stage:
-        _write_json(stage / "config.json", config)
+        write_json(stage / "config.json", config)
         (stage / "drafter").mkdir()
-        _write_json(stage / "drafter" / "config.json", config | {"num_hidden_layers": 1})
+        write_json(stage / "drafter" / "config.json", config | {"num_hidden_layers": 1})
         (stage / "medusa").mkdir()
-        _write_json(
+        write_json(
             stage / "medusa" / "config.json",
             {
                 "medusa_num_heads": _MEDUSA_HEADS,
@@ -148,15 +147,7 @@ def _read_config(name: str) -> dict[str, Any]:
         raise ModelError(
             f"--config: expected {', '.join(SHAPES)} or a config.json, found {name!r}, no such file"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: expected JSON, found {error}") from None
+    config = read_config(path)
     for key in ("vocab_size", "hidden_size"):
-        if not isinstance(config, dict) or not isinstance(config.get(key), int):
-            raise ModelError(f"{path}: expected a model's config with a {key}, found none")
+        config_count(config, key, path)
     return config
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
