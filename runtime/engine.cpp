@@ -415,8 +415,8 @@ void Engine::round() {
   backend_->mark(kStarted);
   const bool observes = unobserved_ > 0;  // the nodes that the last round accepted
   if (observes) {
-    StageMarks& marks = profiles_ ? observe_marks_ : no_marks_;
     backend_->run({WorkKey::kObserve, static_cast<int32_t>(unobserved_), bound, profiles_}, [&] {
+      StageMarks& marks = profiles_ ? observe_marks_ : no_marks_;
       marks.begin(*backend_);
       drafter_->observe(*backend_, features_, walk_.path, walk_.emitted, walk_.root.base,
                         unobserved_, bound, marks);

@@ -129,14 +129,14 @@ piece_exactness() {
     for temperature in 0 1; do
       on_model frspec-bench "$folder" --device cuda --vocab-sizes full 32768 \
         --plant-accept-length 3 3 --temperature $temperature --seed 1234 --prompt-tokens 300 \
-        --new-tokens 96 --repeats 1 --warm-up 0 \
+        --new-tokens 96 --repeats 1 --warm-up 0 --no-breakdown \
         --json "$out/pieces/exactness.$shape.T$temperature.json" || status=1
     done
   done
   # As it is, the random drafter is nearly always wrong.
   if folder=$(synthetic llama-3.2-1b); then
     on_model frspec-bench "$folder" --device cuda --temperature 1 \
-      --prompt-tokens 300 --new-tokens 96 --repeats 1 --warm-up 0 \
+      --prompt-tokens 300 --new-tokens 96 --repeats 1 --warm-up 0 --no-breakdown \
       --json "$out/pieces/exactness.llama-3.2-1b.T1.unplanted.json" || status=1
   fi
   for folder in "${FRSPEC_MODELS:-/nonexistent}"/*/model; do

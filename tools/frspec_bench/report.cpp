@@ -1,7 +1,6 @@
 // What was measured, as tables and as JSON.
 #include <algorithm>
 #include <cstdio>
-#include <numeric>
 
 #include "bench.h"
 
@@ -19,10 +18,6 @@ std::string format(const char* pattern, Arguments... arguments) {
 
 double median(const std::vector<double>& values) { return quantile(values, 0.5); }
 
-double sum(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0);
-}
-
 double floor_ms(const Run& run) {
   return static_cast<double>(run.step_bytes) / run.bandwidth * 1e3;
 }
@@ -35,9 +30,13 @@ double accept_length(const Samples& samples) {
 double plain_share(const Run& run) { return floor_ms(run) / median(run.plain.round); }
 double drafted_share(const Run& run) { return floor_ms(run) / median(run.drafted.verify); }
 
-// Of the time of drafting.
+// Of the time of drafting, in the median round: a round in which a graph is recorded counts little.
 double stage_share(const Samples& profiled, size_t stage) {
-  return sum(profiled.stages[stage]) / sum(profiled.draft);
+  std::vector<double> shares;
+  for (size_t i = 0; i < profiled.draft.size(); ++i) {
+    shares.push_back(profiled.stages[stage][i] / profiled.draft[i]);
+  }
+  return median(shares);
 }
 
 // ==== Tables
