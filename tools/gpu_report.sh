@@ -7,7 +7,8 @@
 #   build         the tests, the benchmarks and, where nanobind is, the Python module
 #   tests         cuda_tests on the device
 #   exactness     speculative text against plain text: random weights, and FRSPEC_MODELS
-#   bench         frspec-bench: plain, EAGLE-2 and FR-Spec, with planted accept lengths
+#   bench         frspec-bench: plain, EAGLE-2 and FR-Spec, with planted accept lengths; what drafting
+#                 consists of
 #   shapes        bench_cuda: each product against cuBLAS and its floor, attention, drafting, memory
 #   sanitizer     compute-sanitizer (memcheck, racecheck) on the tests of the ops
 #   resources     registers, spills and shared memory of the kernels

@@ -33,6 +33,12 @@ def targets(pieces: dict[str, Any]) -> list[dict[str, Any]]:
     def speed_up(shape: str, run: int) -> float:
         return runs(shape)[run]["drafted"]["over_plain"]["median"]
 
+    def over_first(shape: str) -> float:
+        drafted = runs(shape)[1]["drafted"]
+        if "over_first" in drafted:  # not where each ran by itself
+            return drafted["over_first"]["median"]
+        return speed_up(shape, 1) / speed_up(shape, 0)
+
     for shape, share in (("llama-3-8b", 0.92), ("llama-3.2-1b", 0.80)):
         add(
             f"{SHAPES[shape]}: plain decoding, share of the copy bandwidth", ">=", share,
@@ -55,7 +61,7 @@ def targets(pieces: dict[str, Any]) -> list[dict[str, Any]]:
         add(f"{SHAPES[shape]}: FR-Spec over plain decoding", ">=", gain,
             lambda s=shape: speed_up(s, 1), "x")  # fmt: skip
     add("Llama-3-8B: FR-Spec over EAGLE-2", ">=", 1.14,
-        lambda: speed_up("llama-3-8b", 1) / speed_up("llama-3-8b", 0), "x")  # fmt: skip
+        lambda: over_first("llama-3-8b"), "x")  # fmt: skip
     for shape in SHAPES:
         for n in (1, 60):
             add(
