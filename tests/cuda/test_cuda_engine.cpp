@@ -141,6 +141,29 @@ TEST_CASE("the stages of drafting are timed when asked for, and change no text")
   }
 }
 
+TEST_CASE("marks that are switched off record no event") {
+  const std::unique_ptr<Backend> backend = make_backend("cuda", 1);
+  StageMarks off;
+  off.begin(*backend);
+  off.mark(DraftStage::kHead);
+  StageSeconds seconds{};
+  off.add_seconds(seconds);
+  CHECK(seconds == StageSeconds{});
+  CHECK_THROWS_WITH_AS(backend->seconds_between(0, 1), doctest::Contains("not both are marked"),
+                       Error);
+  StageMarks on(0);
+  on.begin(*backend);
+  on.mark(DraftStage::kHead);
+  on.mark(DraftStage::kHead);
+  backend->synchronize();
+  on.add_seconds(seconds);
+  CHECK(seconds[static_cast<size_t>(DraftStage::kHead)] ==
+        doctest::Approx(backend->seconds_between(0, 2)).epsilon(0.1));
+  StageMarks last(Backend::kMarks - 1);
+  last.begin(*backend);
+  CHECK_THROWS_WITH_AS(last.mark(DraftStage::kTree), doctest::Contains("there are 168"), Error);
+}
+
 TEST_CASE("Medusa drafts the CPU's trees") {
   EngineOptions options = tiny_options("medusa_cpu", {4, 4, 20}, "fp16");
   options.drafter = test::write_predictable_medusa("cuda_medusa_cpu_heads", kSizes, {4, 2, "", 0});
