@@ -50,7 +50,6 @@ CudaBackend::CudaBackend(int device) : device_(device) {
   check_kernels();
   stream_owner_ = std::make_unique<Stream>();
   stream_ = *stream_owner_;
-  for (auto& mark : marks_) mark = std::make_unique<Event>();
   mailbox_ = PinnedMemory(kMailboxBytes);
 }
 
@@ -147,7 +146,7 @@ void CudaBackend::end_load() {
 
 void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
   choose_device();
-  const GraphKey graph_key{key.kind, key.rows, key.length_bound};
+  const GraphKey graph_key{key.kind, key.rows, key.length_bound, key.profiled};
   auto found = graphs_.find(graph_key);
   // The first time nothing is recorded: kernels are loaded by their first launch, which must not be
   // in a recording.
@@ -183,12 +182,15 @@ void CudaBackend::synchronize() {
 
 void CudaBackend::mark(int stamp) {
   choose_device();
+  if (marks_[stamp] == nullptr) marks_[stamp] = std::make_unique<Event>();
   check(cudaEventRecordWithFlags(*marks_[stamp], stream_,
                                  recording_ ? cudaEventRecordExternal : cudaEventRecordDefault),
         "recording a time stamp");
 }
 
 double CudaBackend::seconds_between(int first, int second) const {
+  FRSPEC_CHECK(marks_[first] != nullptr && marks_[second] != nullptr, Error, "time stamps ", first,
+               " and ", second, " were asked for, but not both are marked");
   float milliseconds = 0.0f;
   check(cudaEventElapsedTime(&milliseconds, *marks_[first], *marks_[second]),
         "reading time stamps");

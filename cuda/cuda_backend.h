@@ -83,7 +83,7 @@ class CudaBackend final : public Backend {
                  const int32_t* path, const int32_t* path_length) override;
 
  private:
-  using GraphKey = std::tuple<int32_t, int32_t, int64_t>;
+  using GraphKey = std::tuple<int32_t, int32_t, int64_t, bool>;
 
   // For this thread. Every step begins with a call that does it.
   void choose_device() const;
@@ -95,7 +95,7 @@ class CudaBackend final : public Backend {
   cudaDeviceProp properties_{};
   std::unique_ptr<Stream> stream_owner_;
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<Event> marks_[kMarks];
+  std::unique_ptr<Event> marks_[kMarks];  // those that were used
   std::unique_ptr<CublasHandle> cublas_;
   DeviceMemory memory_;
   PinnedMemory mailbox_;

@@ -84,6 +84,7 @@ struct WorkKey {
   enum Kind : int32_t { kPlainRound, kDraftedRound, kPlantedRound, kObserve } kind;
   int32_t rows;
   int64_t length_bound;
+  bool profiled = false;  // with the stamps of draft_stages.h
 };
 
 struct DeviceInfo {
@@ -154,7 +155,7 @@ class Backend {
   // CPU, a copy (bytes read and written) on a GPU. The floor of a decoding step is measured by it.
   virtual double measure_bandwidth() = 0;
   static constexpr size_t kMailboxBytes = 1024;
-  static constexpr int kMarks = 4;
+  static constexpr int kMarks = 8 + 5 * kMaxTreeDepth;  // of a round, and of each level's stages
 
   // ==== Weights
 

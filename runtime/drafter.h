@@ -9,6 +9,7 @@
 #include "backend.h"
 #include "checkpoint.h"
 #include "config.h"
+#include "draft_stages.h"
 #include "draft_tree.h"
 #include "medusa_choices.h"
 
@@ -37,15 +38,15 @@ class Drafter {
 
   // Positions [*end - n, *end) of the sequence, which follow the last observed ones: their features
   // are the rows `rows` [n] of the target's features [., d], the tokens behind them are next_tokens
-  // [n]. All in backend memory. length_bound: of *end.
+  // [n]. All in backend memory. length_bound: of *end. marks: begun; takes the stages.
   virtual void observe(Backend& backend, const Tensor& features, const int32_t* rows,
                        const int32_t* next_tokens, const int32_t* end, int64_t n,
-                       int64_t length_bound) = 0;
+                       int64_t length_bound, StageMarks& marks) = 0;
 
   // Drafts below the root, which follows the last observed position, and builds the tree.
-  // length_bound: of the root's position and the levels below it.
+  // length_bound: of the root's position and the levels below it. marks: likewise.
   virtual void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-                     int64_t length_bound) = 0;
+                     int64_t length_bound, StageMarks& marks) = 0;
 };
 
 class NoDrafter final : public Drafter {
@@ -54,8 +55,9 @@ class NoDrafter final : public Drafter {
   int32_t tree_depth() const override { return 0; }
   bool observes() const override { return false; }
   void observe(Backend&, const Tensor&, const int32_t*, const int32_t*, const int32_t*, int64_t,
-               int64_t) override {}
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t) override {
+               int64_t, StageMarks&) override {}
+  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
+             StageMarks&) override {
     backend.build_tree(tree, DraftPool{}, root);
   }
 };

@@ -124,17 +124,19 @@ int32_t Eagle::tree_nodes() const {
       std::min<int64_t>(shape_.tokens, 1 + pool_capacity(shape_.depth, topk_)));
 }
 
-void Eagle::forward(Backend& backend, const Pass& pass) const {
+void Eagle::forward(Backend& backend, const Pass& pass, StageMarks& marks) const {
   backend.linear(workspace_.hidden.row_slice(0, pass.rows), concat_.row_slice(0, pass.rows), fc_,
                  pass.kind);
+  marks.mark(DraftStage::kEmbedding);
   for (size_t index = 0; index < layers_.size(); ++index) {
     forward_layer(backend, config_, layers_[index], kv_.layers[index], rope_, pass, workspace_);
   }
+  marks.mark(DraftStage::kLayers);
 }
 
 void Eagle::observe(Backend& backend, const Tensor& features, const int32_t* rows,
-                    const int32_t* next_tokens, const int32_t* end, int64_t n,
-                    int64_t length_bound) {
+                    const int32_t* next_tokens, const int32_t* end, int64_t n, int64_t length_bound,
+                    StageMarks& marks) {
   const int64_t hidden = config_.hidden_size;
   backend.number_rows(observed_positions_, observed_prefix_, end, n);
   const Tensor input = concat_.row_slice(0, n);
@@ -147,24 +149,27 @@ void Eagle::observe(Backend& backend, const Tensor& features, const int32_t* row
   pass.slots = observed_positions_;
   pass.visible.prefix_length = observed_prefix_;
   pass.visible.max_length = length_bound;
-  forward(backend, pass);
+  forward(backend, pass, marks);
   backend.gather_rows(last_hidden_, workspace_.hidden, row_index_ + n - 1);
 }
 
-void Eagle::expand(Backend& backend, int level, const Tensor& hidden) {
+void Eagle::expand(Backend& backend, int level, const Tensor& hidden, StageMarks& marks) {
   const Tensor logits = logits_.row_slice(0, hidden.rows);
   backend.linear(logits, hidden, head_, Rows::kDraft);
+  marks.mark(DraftStage::kHead);
   backend.topk_logprobs(logprobs_, candidate_tokens_, logits, column_tokens_, topk_);
+  marks.mark(DraftStage::kTopk);
   level_.level = level;
   level_.rows = static_cast<int>(hidden.rows);
   backend.expand_beam(pool_, level_);
+  marks.mark(DraftStage::kTree);
 }
 
 void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-                  int64_t length_bound) {
+                  int64_t length_bound, StageMarks& marks) {
   const int64_t hidden = config_.hidden_size;
   level_.committed = root.base;
-  expand(backend, 1, last_hidden_);
+  expand(backend, 1, last_hidden_, marks);
   Tensor expanded = last_hidden_;
   for (int level = 2; level <= shape_.depth; ++level) {
     const Tensor input = concat_.row_slice(0, topk_);
@@ -180,11 +185,12 @@ void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
     pass.visible.ancestors = level_.ancestors + int64_t{level - 2} * topk_ * level_.ancestor_words;
     pass.visible.ancestor_words = level_.ancestor_words;
     pass.visible.max_length = length_bound;
-    forward(backend, pass);
+    forward(backend, pass, marks);
     expanded = workspace_.hidden.row_slice(0, topk_);
-    expand(backend, level, expanded);
+    expand(backend, level, expanded, marks);
   }
   backend.build_tree(tree, pool_, root);
+  marks.mark(DraftStage::kTree);
 }
 
 }  // namespace frspec

@@ -31,16 +31,16 @@ class Eagle final : public DraftModel {
   int32_t tree_nodes() const override;
   int32_t tree_depth() const override { return shape_.depth; }
   void observe(Backend& backend, const Tensor& features, const int32_t* rows,
-               const int32_t* next_tokens, const int32_t* end, int64_t n,
-               int64_t length_bound) override;
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-             int64_t length_bound) override;
+               const int32_t* next_tokens, const int32_t* end, int64_t n, int64_t length_bound,
+               StageMarks& marks) override;
+  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t length_bound,
+             StageMarks& marks) override;
 
  private:
   // concat_ rows [0, n) -> hidden rows [0, n).
-  void forward(Backend& backend, const Pass& pass) const;
+  void forward(Backend& backend, const Pass& pass, StageMarks& marks) const;
   // Scores the hidden rows and expands them to the next level of the pool.
-  void expand(Backend& backend, int level, const Tensor& hidden);
+  void expand(Backend& backend, int level, const Tensor& hidden, StageMarks& marks);
 
   ModelConfig config_;
   TreeShape shape_;

@@ -304,6 +304,7 @@ void Engine::start(std::span<const int32_t> prompt, const Request& request) {
   emitted_count_ = 0;
   emit_limit_ = std::min(request.max_new_tokens, max_context_ - length);
   in_prompt_ = true;
+  profiles_ = request.profile_drafting && drafts;
   last_rows_ = 0;
   finish_reason_ = FinishReason::kNone;
   new_tokens_.clear();
@@ -359,7 +360,7 @@ void Engine::prefill_chunk() {
     if (last) host_ints_[static_cast<size_t>(n - 1)] = chosen;
     backend_->upload(pass_next_tokens_, host_ints_.data(), bytes);
     drafter_->observe(*backend_, features_, pass_rows_index_, pass_next_tokens_, root_ + 1, n,
-                      bound);
+                      bound, no_marks_);
     observed_ += n;
   }
   if (!last) backend_->synchronize();
@@ -377,7 +378,9 @@ void Engine::prefill_chunk() {
 
 void Engine::draft_and_verify(int64_t length_bound) {
   Backend& backend = *backend_;
-  drafter_->draft(backend, tree_, walk_.root, length_bound);
+  StageMarks& marks = profiles_ ? draft_marks_ : no_marks_;
+  marks.begin(backend);
+  drafter_->draft(backend, tree_, walk_.root, length_bound, marks);
   if (plants_ && drafter_->observes()) backend.plant_tree(tree_, plant_);
   backend.mark(kDrafted);
 
@@ -410,10 +413,13 @@ void Engine::round() {
   const int64_t base = target_.kv.length;
   const int64_t bound = backend_->length_bound(base + drafter_->tree_depth() + 1);
   backend_->mark(kStarted);
-  if (unobserved_ > 0) {  // the nodes that the last round accepted
-    backend_->run({WorkKey::kObserve, static_cast<int32_t>(unobserved_), bound}, [&] {
+  const bool observes = unobserved_ > 0;  // the nodes that the last round accepted
+  if (observes) {
+    backend_->run({WorkKey::kObserve, static_cast<int32_t>(unobserved_), bound, profiles_}, [&] {
+      StageMarks& marks = profiles_ ? observe_marks_ : no_marks_;
+      marks.begin(*backend_);
       drafter_->observe(*backend_, features_, walk_.path, walk_.emitted, walk_.root.base,
-                        unobserved_, bound);
+                        unobserved_, bound, marks);
     });
     observed_ += unobserved_;
     unobserved_ = 0;
@@ -421,7 +427,7 @@ void Engine::round() {
   const auto kind = !drafter_->observes() ? WorkKey::kPlainRound
                     : plants_             ? WorkKey::kPlantedRound
                                           : WorkKey::kDraftedRound;
-  backend_->run({kind, tree_.nodes, bound}, [&] { draft_and_verify(bound); });
+  backend_->run({kind, tree_.nodes, bound, profiles_}, [&] { draft_and_verify(bound); });
   backend_->synchronize();
 
   const auto* result = static_cast<const int32_t*>(backend_->mailbox());
@@ -439,6 +445,10 @@ void Engine::round() {
   }
   const double draft = backend_->seconds_between(kStarted, kDrafted);
   const double verify = backend_->seconds_between(kDrafted, kVerified);
+  if (profiles_) {
+    if (observes) observe_marks_.add_seconds(timings_.draft_stages);
+    draft_marks_.add_seconds(timings_.draft_stages);
+  }
   timings_.draft += draft;
   timings_.verify += verify;
   timings_.rest += std::max(0.0, watch.lap() - draft - verify);

@@ -10,6 +10,7 @@
 
 #include "backend.h"
 #include "checkpoint.h"
+#include "draft_stages.h"
 #include "drafter.h"
 #include "llama.h"
 #include "medusa_choices.h"
@@ -37,16 +38,20 @@ struct Request {
   Sampling sampling;
   int64_t max_new_tokens = 256;
   bool ignore_eos = false;
+  // Fills Timings::draft_stages. On a GPU the stamps take time of their own, and the kernels of a
+  // stage wait for those of the stage before it.
+  bool profile_drafting = false;
 };
 
 enum class FinishReason { kNone, kStop, kLength };
 
 // Seconds since start(), by what they were spent on.
 struct Timings {
-  double prefill = 0.0;  // prompt passes of target and drafter
-  double draft = 0.0;    // drafter's passes between prompt and end
-  double verify = 0.0;   // target's passes over trees
-  double rest = 0.0;     // choosing, walking, committing
+  double prefill = 0.0;         // prompt passes of target and drafter
+  double draft = 0.0;           // drafter's passes between prompt and end
+  double verify = 0.0;          // target's passes over trees
+  double rest = 0.0;            // choosing, walking, committing
+  StageSeconds draft_stages{};  // of `draft`; zeros unless the request asks for it
 };
 
 class Engine {
@@ -104,7 +109,8 @@ class Engine {
   LastRound last_round() const;
 
  private:
-  enum Stamp { kStarted, kDrafted, kVerified };  // of a round, for Backend::mark
+  // Of a round, for Backend::mark. observe() has at most two stages; draft()'s have the rest.
+  enum Stamp { kStarted, kDrafted, kVerified, kObserveBegun, kDraftBegun = kObserveBegun + 3 };
 
   void layout(Arena& arena, int64_t max_context);
   int64_t longest_context_within(size_t bytes);
@@ -156,6 +162,10 @@ class Engine {
   int64_t emitted_count_ = 0;
   int64_t emit_limit_ = 0;
   bool in_prompt_ = false;
+  bool profiles_ = false;  // the stages of drafting
+  StageMarks no_marks_;
+  StageMarks observe_marks_{kObserveBegun};
+  StageMarks draft_marks_{kDraftBegun};
   int64_t observed_ = 0;      // leading positions that the drafter has observed
   int64_t unobserved_ = 0;    // nodes of the last round that it has not
   int64_t whole_chunks_ = 0;  // leading positions computed in whole prompt chunks (prompt_chunk())

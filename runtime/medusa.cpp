@@ -119,11 +119,13 @@ void Medusa::layout(Backend& backend, Arena& arena, const Llama& target, int64_t
 }
 
 void Medusa::observe(Backend& backend, const Tensor& features, const int32_t* rows, const int32_t*,
-                     const int32_t*, int64_t n, int64_t) {
+                     const int32_t*, int64_t n, int64_t, StageMarks& marks) {
   backend.gather_rows(feature_, features, rows + n - 1);
+  marks.mark(DraftStage::kLayers);
 }
 
-void Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t) {
+void Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
+                   StageMarks& marks) {
   if (plan_.depth > 0) {
     backend.gather_rows(hidden_, feature_, feature_rows_);
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
@@ -134,13 +136,17 @@ void Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root
       }
       backend.add_silu(hidden_, product_);
     }
+    marks.mark(DraftStage::kLayers);
     for (int64_t h = 0; h < plan_.depth; ++h) {
       backend.linear(logits_.row_slice(h, 1), hidden_.row_slice(h, 1),
                      heads_[static_cast<size_t>(h)].lm_head, Rows::kDraft);
     }
+    marks.mark(DraftStage::kHead);
     backend.topk_logprobs(logprobs_, candidate_tokens_, logits_, column_tokens_, plan_.width);
+    marks.mark(DraftStage::kTopk);
   }
   backend.build_static_tree(tree, shape_, candidate_tokens_, root);
+  marks.mark(DraftStage::kTree);
 }
 
 }  // namespace frspec

@@ -34,10 +34,10 @@ class Medusa final : public DraftModel {
               int64_t observed_rows) override;
 
   void observe(Backend& backend, const Tensor& features, const int32_t* rows,
-               const int32_t* next_tokens, const int32_t* end, int64_t n,
-               int64_t length_bound) override;
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-             int64_t length_bound) override;
+               const int32_t* next_tokens, const int32_t* end, int64_t n, int64_t length_bound,
+               StageMarks& marks) override;
+  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t length_bound,
+             StageMarks& marks) override;
 
  private:
   struct Head {

@@ -7,7 +7,8 @@
 #   build         the tests, the benchmarks and, where nanobind is, the Python module
 #   tests         cuda_tests on the device
 #   exactness     speculative text against plain text: random weights, and FRSPEC_MODELS
-#   bench         frspec-bench: plain, EAGLE-2 and FR-Spec, with planted accept lengths
+#   bench         frspec-bench: plain, EAGLE-2 and FR-Spec, with planted accept lengths; what drafting
+#                 consists of
 #   shapes        bench_cuda: each product against cuBLAS and its floor, attention, drafting, memory
 #   sanitizer     compute-sanitizer (memcheck, racecheck) on the tests of the ops
 #   resources     registers, spills and shared memory of the kernels
@@ -129,14 +130,14 @@ piece_exactness() {
     for temperature in 0 1; do
       on_model frspec-bench "$folder" --device cuda --vocab-sizes full 32768 \
         --plant-accept-length 3 3 --temperature $temperature --seed 1234 --prompt-tokens 300 \
-        --new-tokens 96 --repeats 1 --warm-up 0 \
+        --new-tokens 96 --repeats 1 --warm-up 0 --no-breakdown \
         --json "$out/pieces/exactness.$shape.T$temperature.json" || status=1
     done
   done
   # As it is, the random drafter is nearly always wrong.
   if folder=$(synthetic llama-3.2-1b); then
     on_model frspec-bench "$folder" --device cuda --temperature 1 \
-      --prompt-tokens 300 --new-tokens 96 --repeats 1 --warm-up 0 \
+      --prompt-tokens 300 --new-tokens 96 --repeats 1 --warm-up 0 --no-breakdown \
       --json "$out/pieces/exactness.llama-3.2-1b.T1.unplanted.json" || status=1
   fi
   for folder in "${FRSPEC_MODELS:-/nonexistent}"/*/model; do

@@ -112,6 +112,7 @@ TEST_CASE("a steady step allocates nothing") {
     for (const float temperature : {0.0f, 1.0f}) {
       for (const Method method : {Method::kPlain, drafted}) {
         Request request = make_request(method, temperature);
+        request.profile_drafting = true;
         request.sampling.top_k = temperature > 0.0f ? 50 : 0;
         request.sampling.top_p = temperature > 0.0f ? 0.9f : 1.0f;
         engine.start(kPrompt, request);

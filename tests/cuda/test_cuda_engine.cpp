@@ -109,6 +109,61 @@ TEST_CASE("Medusa writes what plain decoding writes, too") {
   }
 }
 
+// Both kinds of rounds are recorded and replayed beside each other.
+TEST_CASE("the stages of drafting are timed when asked for, and change no text") {
+  for (const Method method : {Method::kEagle2, Method::kMedusa}) {
+    CAPTURE(method_name(method));
+    EngineOptions options = tiny_options("stages", {3, 4, 12});
+    if (method == Method::kMedusa) {
+      options.drafter = test::write_predictable_medusa("cuda_stages_heads", kSizes);
+    }
+    Engine engine(options);
+    engine.load();
+    const auto text = generate(engine, kPrompt, make_request(Method::kPlain, {}, 24));
+    for (int turn = 0; turn < 2; ++turn) {
+      Request request = make_request(method, {}, 24);
+      CHECK(generate(engine, kPrompt, request) == text);
+      for (const double seconds : engine.timings().draft_stages) CHECK(seconds == 0);
+      request.profile_drafting = true;
+      CHECK(generate(engine, kPrompt, request) == text);
+      CHECK(engine.accept_lengths().size() >= 3);
+      double sum = 0;
+      for (size_t stage = 0; stage < kDraftStages; ++stage) {
+        CAPTURE(stage);
+        const double seconds = engine.timings().draft_stages[stage];
+        const bool none = method == Method::kMedusa && stage == size_t{0};  // no embedding
+        CHECK((seconds > 0) == !none);
+        sum += seconds;
+      }
+      // Stamps are of single precision.
+      CHECK(sum <= engine.timings().draft * (1 + 1e-4));
+    }
+  }
+}
+
+TEST_CASE("marks that are switched off record no event") {
+  const std::unique_ptr<Backend> backend = make_backend("cuda", 1);
+  StageMarks off;
+  off.begin(*backend);
+  off.mark(DraftStage::kHead);
+  StageSeconds seconds{};
+  off.add_seconds(seconds);
+  CHECK(seconds == StageSeconds{});
+  CHECK_THROWS_WITH_AS(backend->seconds_between(0, 1), doctest::Contains("not both are marked"),
+                       Error);
+  StageMarks on(0);
+  on.begin(*backend);
+  on.mark(DraftStage::kHead);
+  on.mark(DraftStage::kHead);
+  backend->synchronize();
+  on.add_seconds(seconds);
+  CHECK(seconds[static_cast<size_t>(DraftStage::kHead)] ==
+        doctest::Approx(backend->seconds_between(0, 2)).epsilon(0.1));
+  StageMarks last(Backend::kMarks - 1);
+  last.begin(*backend);
+  CHECK_THROWS_WITH_AS(last.mark(DraftStage::kTree), doctest::Contains("there are 168"), Error);
+}
+
 TEST_CASE("Medusa drafts the CPU's trees") {
   EngineOptions options = tiny_options("medusa_cpu", {4, 4, 20}, "fp16");
   options.drafter = test::write_predictable_medusa("cuda_medusa_cpu_heads", kSizes, {4, 2, "", 0});

@@ -46,7 +46,8 @@ class DraftBench {
     backend_->end_load();
     const int64_t bound = backend_->length_bound(kContext);
     for (const auto& draft : drafts_) {  // a hidden state to draft from
-      draft->eagle.observe(*backend_, features_, rows_, rows_, root_ + 1, kObserved, bound);
+      draft->eagle.observe(*backend_, features_, rows_, rows_, root_ + 1, kObserved, bound,
+                           no_marks_);
     }
     backend_->synchronize();
   }
@@ -56,7 +57,7 @@ class DraftBench {
     std::vector<Sample> samples;
     for (const auto& draft : drafts_) {
       samples.push_back(sample_backend(*backend_, [this, bound, each = draft.get()] {
-        each->eagle.draft(*backend_, each->tree, {root_, root_ + 1}, bound);
+        each->eagle.draft(*backend_, each->tree, {root_, root_ + 1}, bound, no_marks_);
       }));
     }
     bench_.bandwidths.push_back(backend_->measure_bandwidth());
@@ -110,6 +111,7 @@ class DraftBench {
   std::unique_ptr<Backend> backend_;
   Llama target_;
   std::vector<std::unique_ptr<Draft>> drafts_;
+  StageMarks no_marks_;
   Tensor features_;
   int32_t* rows_ = nullptr;
   int32_t* root_ = nullptr;  // [2]: token, base

@@ -83,7 +83,8 @@ examples:
   frspec make-synthetic --config llama-3-8b ./synthetic
   frspec info --model ./synthetic --drafter ./synthetic/drafter --max-context 4096
   frspec-bench --model ./synthetic --drafter ./synthetic/drafter \\
-      --ranking ./synthetic/ranking.safetensors --vocab-sizes full 32768 --plant-accept-length 3.6
+      --ranking ./synthetic/ranking.safetensors --vocab-sizes full 32768 \\
+      --plant-accept-length 3.9 3.6
 """
 
 
