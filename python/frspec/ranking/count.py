@@ -65,22 +65,37 @@ def count_chunk(
 ) -> ChunkCount:
     """Counts the first `limit` tokens of a chunk, by default all of them."""
     records, broken = chunk.records(text_field)
-    counts = np.zeros(1, np.int64)
+    counts = np.zeros(0, np.int64)
     tokens, tokenizer_s = 0, 0.0
     for texts in _batches(text for record in records for text in record.texts):
         begin = time.perf_counter()
-        token_ids = tokens_of(tokenizer, texts)
+        token_ids = _encode(tokenizer, texts)
         tokenizer_s += time.perf_counter() - begin
         if limit is not None:
             token_ids = token_ids[: limit - tokens]
         tokens += len(token_ids)
-        found = np.bincount(token_ids, minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        counts = add_counts(counts, np.bincount(token_ids))
         if tokens == limit:
             break
     token_ids = np.flatnonzero(counts)
     return ChunkCount(token_ids, counts[token_ids], tokens, broken, tokenizer_s)
+
+
+def count_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """Occurrences by token id, int64 up to the highest id, without the tokens that a tokenizer
+    adds to a prompt."""
+    counts = np.zeros(0, np.int64)
+    for batch in _batches(texts):
+        counts = add_counts(counts, np.bincount(_encode(tokenizer, batch)))
+    return counts
+
+
+def add_counts(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The sum of two arrays by token id, as long as the longer one."""
+    total = np.zeros(max(len(first), len(second)), np.int64)
+    total[: len(first)] += first
+    total[: len(second)] += second
+    return total
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -97,8 +112,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """The token ids of all texts, int64 [n], without those that a tokenizer adds to a prompt."""
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """The token ids of all texts, int64 [n]."""
     encode = tokenizer.backend.encode_batch_fast
     try:
         encodings = encode(texts, add_special_tokens=False)
