@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..evaluation.methods import PLAIN
+
 # Where a record's text is when no field is named, by precedence.
 KNOWN_FIELDS = ("conversations", "messages", "text")
 
@@ -96,11 +98,12 @@ def _adds_nothing(value: dict[str, Any]) -> bool:
     """Whether it is a line of `frspec eval`'s results that has no text of its own: the header, a
     question that was refused, or a text that plain decoding's record holds too."""
     if value.get("kind") == "header":
-        return "version" in value
+        return "version" in value and "text" not in value
     if not {"task", "question_id", "turn", "method"} <= value.keys():
         return False
-    repeated = value["method"] != "plain" and value.get("same_as_plain") is True
-    return repeated or "error" in value
+    if "text" not in value:
+        return "error" in value
+    return value["method"] != PLAIN and value.get("same_as_plain") is True
 
 
 def _flatten(value: Any, name: str) -> list[str]:
