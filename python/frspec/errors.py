@@ -13,7 +13,8 @@ class ModelError(FrspecError):
 
 
 class RankingError(FrspecError):
-    """A ranking file cannot be used with this model: format, fingerprint, range or duplicates."""
+    """A ranking cannot be used with this model (format, fingerprint, range, duplicates) or made
+    (corpus, checkpoint, workers, a missing extra)."""
 
 
 class ConversionError(FrspecError):

@@ -8,93 +8,34 @@ import pickle
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import pyarrow
 import pytest
 import tokenizers
-from pyarrow import parquet
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 
 from frspec.errors import ConversionError, HubError, ModelError, RankingError
-from frspec.ranking import Ranking, add_arguments, command, corpus, count, run
-from frspec.ranking.count import count_tokens
+from frspec.ranking import add_arguments, chunk, command, count, file_chunks, run, table_chunks
+from frspec.ranking.corpus import read_chunks
+from frspec.ranking.count import Tally, add_up, count_chunk
 from frspec.tokenizer import Tokenizer
+from ranking_files import (
+    RECORDS,
+    TEXTS,
+    VOCAB_SIZE,
+    WORDS,
+    check_counts,
+    expected_counts,
+    rank,
+    write_lines,
+    write_parquet,
+    write_word_model,
+)
 
-WORDS = ["<end>", "<start>", *"the cat sat on a mat and then slept . , é".split()]
-VOCAB_SIZE = len(WORDS) + 3  # the embedding is padded
 SPEC_BENCH = Path(__file__).parents[2].parent / "shared" / "data" / "spec_bench.jsonl"
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model folder whose tokens are words."""
-    path = tmp_path / "model"
-    path.mkdir()
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token=",")
-    )
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(["<end>", "<start>"])
-    backend.save(str(path / "tokenizer.json"))
-    config = {"vocab_size": VOCAB_SIZE, "eos_token_id": 0}
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def rank(folder: Path, *arguments) -> Ranking:
-    """Runs the command and reads what it wrote."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    out = folder.parent / "ranking.safetensors"
-    options = ["--tokenizer", str(folder), "--out", str(out), *map(str, arguments)]
-    assert run(parser.parse_args(options)) == 0
-    return Ranking.load(out)
-
-
-def expected_counts(texts: list[str]) -> np.ndarray:
-    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
-    for text in texts:
-        for word in text.split():
-            counts[WORDS.index(word if word in WORDS else ",")] += 1
-    return counts
-
-
-def check_counts(ranking: Ranking, texts: list[str]) -> None:
-    counts = np.empty(VOCAB_SIZE, dtype=np.int64)
-    counts[ranking.token_ids] = ranking.counts
-    np.testing.assert_array_equal(counts, expected_counts(texts))
-
-
-TEXTS = ["the cat sat on the mat .", "the cat slept and\nthen the cat sat", "é é , unknown words"]
-
-
-def write_lines(path: Path, records) -> Path:
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, records) -> Path:
-    parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    return path
-
-
-RECORDS = {
-    "text": [{"text": text} for text in TEXTS],
-    "sharegpt": [
-        {"id": 1, "conversations": [{"from": "human", "value": t} for t in TEXTS[:2]]},
-        {"id": 2, "conversations": [{"from": "gpt", "value": TEXTS[2]}]},
-        {"id": 3, "conversations": []},
-    ],
-    "messages": [
-        {"messages": [{"role": "user", "content": TEXTS[0]}, {"role": "tool", "content": None}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": TEXTS[1]}]}]},
-        {"messages": [{"role": "assistant", "content": TEXTS[2]}]},
-    ],
-    "a.b": [{"a": {"b": text}, "text": "not this"} for text in TEXTS],
-    "turns": [{"turns": TEXTS[:2], "text": "not this"}, {"turns": TEXTS[2:]}],
-}
+    return write_word_model(tmp_path / "model")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -115,23 +56,35 @@ def test_every_kind_of_record_gives_its_texts(folder, tmp_path, kind, suffix):
     assert ranking.tokenizer_fingerprint == Tokenizer.load(folder).fingerprint
 
 
-def test_plain_text_is_cut_between_words(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "TEXT_PIECE_BYTES", 7)
+@pytest.mark.parametrize("chunk_bytes", [1, 40, 1 << 20])
+def test_plain_text_is_cut_between_words(folder, tmp_path, monkeypatch, chunk_bytes):
+    monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", 8)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
     text = "\n".join([*TEXTS, "the " * 50, "é " * 50]) + "\nthe cat"
     path = tmp_path / "c.txt"
     path.write_text(text, encoding="utf-8")
     check_counts(rank(folder, "--input", path, "--corpus", "books"), [text])
 
 
-def test_plain_text_without_breaks_is_read_in_bounded_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "TEXT_PIECE_BYTES", 10)
+@pytest.mark.parametrize("piece_bytes", [4, 5, 10, 2001, 2002])
+def test_plain_text_without_breaks_is_read_in_bounded_pieces(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 64)
     path = tmp_path / "c.txt"
     path.write_bytes("é".encode() * 1000 + b"\xc3")
-    pieces = list(corpus.read_corpus([path], None, corpus.Broken()))
-    texts = [text for piece in pieces for text in piece.texts]
+    chunks = list(read_chunks([path], None))
+    texts = [t for c in chunks for record in c.records(None)[0] for t in record.texts]
     assert "".join(texts) == "é" * 1000 + "\ufffd"
-    assert max(map(len, texts)) <= 10
-    assert sum(piece.bytes_read for piece in pieces) == 2001
+    assert max(len(text.encode()) for text in texts[:-1] or [""]) <= piece_bytes
+    assert sum(c.bytes_read for c in chunks) == 2001
+
+
+def test_bytes_that_are_no_text_are_cut_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", 4)
+    path = tmp_path / "c.txt"
+    path.write_bytes(b"\x80" * 11)
+    pieces = [data for piece in read_chunks([path], None) for data in piece.content]
+    assert [len(data) for data in pieces] == [4, 4, 3]
 
 
 def test_files_of_several_kinds_add_up(folder, tmp_path):
@@ -144,27 +97,53 @@ def test_files_of_several_kinds_add_up(folder, tmp_path):
     assert ranking.token_ids[0] == WORDS.index("the")
 
 
-def test_batches_do_not_matter(folder, tmp_path, monkeypatch):
-    tokenizer = Tokenizer.load(folder)
-    path = write_lines(tmp_path / "c.jsonl", RECORDS["text"] * 20)
-    total = int(expected_counts(TEXTS * 20).sum())
-    for size in (1, 7, 10**6):
-        monkeypatch.setattr(count, "BATCH_TEXTS", size)
-        seen = []
-        pieces = corpus.read_corpus([path], None, corpus.Broken())
-        result = count_tokens(tokenizer, pieces, progress=lambda c: seen.append(c.tokens))  # noqa: B023
-        np.testing.assert_array_equal(result.counts, expected_counts(TEXTS * 20))
-        assert result.tokens == total and result.bytes_read == path.stat().st_size
-        assert seen == sorted(seen) and seen[-1] == total
-        assert 0 <= result.tokenizer_s <= result.total_s
-
-
-@pytest.mark.parametrize("limit", [1, 5, 100])
-def test_max_tokens_is_exact(folder, tmp_path, limit, monkeypatch):
-    monkeypatch.setattr(count, "BATCH_TEXTS", 4)
-    path = write_lines(tmp_path / "c.jsonl", RECORDS["text"] * 20)
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 1 << 20])
+@pytest.mark.parametrize("limit", [1, 5, 100, 420])
+def test_max_tokens_is_exact(folder, tmp_path, monkeypatch, capsys, chunk_bytes, limit):
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
+    path = write_lines(tmp_path / "c.jsonl", RECORDS["text"] * 21)
+    words = " ".join(TEXTS * 21).split()
+    assert len(words) == 420
     ranking = rank(folder, "--input", path, "--max-tokens", limit)
-    assert ranking.tokens_counted == limit
+    check_counts(ranking, [" ".join(words[:limit])])
+    assert f"; stopped at --max-tokens {limit}" in capsys.readouterr().err
+
+
+def test_corpus_shorter_than_max_tokens(folder, tmp_path, capsys):
+    path = write_lines(tmp_path / "c.jsonl", RECORDS["text"])
+    check_counts(rank(folder, "--input", path, "--max-tokens", 1000), TEXTS)
+    assert "stopped" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".parquet"])
+def test_size_of_chunks_does_not_matter(folder, tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"c{suffix}"
+    if suffix == ".parquet":
+        write_parquet(path, RECORDS["text"] * 20)
+    elif suffix == ".txt":
+        path.write_text("\n".join(TEXTS * 20))
+    else:
+        write_lines(path, RECORDS["text"] * 20)
+    tokenizer = Tokenizer.load(folder)
+    numbers = []
+    monkeypatch.setattr(table_chunks, "BATCH_ROWS", 7)
+    monkeypatch.setattr(count, "BATCH_CHARACTERS", 50)
+    for size in (1, 300, 1 << 20):
+        monkeypatch.setattr(chunk, "CHUNK_BYTES", size)
+        monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", max(size, 16))
+        chunks = list(read_chunks([path], None))
+        tallies = list(add_up(((c, count_chunk(tokenizer, c, None)) for c in chunks), empty()))
+        assert (tallies[-1].counts == expected_counts(TEXTS * 20)).all()
+        assert tallies[-1].bytes_read == path.stat().st_size
+        tokens = [tally.tokens for tally in tallies]
+        assert tokens == sorted(tokens) and tokens[-1] == len(" ".join(TEXTS * 20).split())
+        assert 0 < tallies[-1].tokenizer_s
+        numbers.append(len(chunks))
+    assert numbers[0] > numbers[1] > numbers[2] == 1
+
+
+def empty() -> Tally:
+    return Tally.empty(VOCAB_SIZE)
 
 
 BROKEN = ['{"text": "the cat"', "[1, 2]", '{"body": "x"}', '{"text": 3}', "null", '{"text": {}}']
@@ -176,7 +155,7 @@ def test_broken_lines_are_skipped_and_reported(folder, tmp_path, capsys):
         file.write(b'{"text": "\xff"}\n')
     check_counts(rank(folder, "--input", path), TEXTS[:2])
     report = capsys.readouterr().err
-    assert f"skipped 7 broken records, the first at {path}:3: not JSON" in report
+    assert f"skipped 7 broken records; the first at {path}:3: not JSON" in report
 
 
 @pytest.mark.parametrize(
@@ -196,12 +175,29 @@ def test_strict_stops_at_the_first_broken_line(folder, tmp_path, line, reason):
     assert not (tmp_path / "ranking.safetensors").exists()
 
 
-def test_endless_line_is_skipped_in_bounded_memory(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 64)
-    long = {"text": "cat " * 100}
-    path = write_lines(tmp_path / "c.jsonl", [RECORDS["text"][0], long, RECORDS["text"][1]])
-    check_counts(rank(folder, "--input", path), TEXTS[:2])
-    assert f"{path}:2: line longer than 64 bytes" in capsys.readouterr().err
+@pytest.mark.parametrize("chunk_bytes", [8, 70, 1 << 20])
+@pytest.mark.parametrize("length", [70, 300])
+@pytest.mark.parametrize("after", [True, False])
+def test_endless_line_is_skipped_in_bounded_memory(
+    folder, tmp_path, monkeypatch, capsys, chunk_bytes, length, after
+):
+    monkeypatch.setattr(chunk, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
+    long = {"text": "x" * length}
+    path = write_lines(tmp_path / "c.jsonl", [RECORDS["text"][0], long])
+    if after:
+        with path.open("a") as file:
+            file.write(json.dumps(RECORDS["text"][1]) + "\n[]")
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    check_counts(rank(folder, "--input", path), TEXTS[: 1 + after])
+    report = capsys.readouterr().err
+    assert f"skipped {1 + after} broken records; the first at {path}:2: line longer" in report
+    with pytest.raises(RankingError, match=f"{path}:2: line longer than 64 bytes"):
+        rank(folder, "--input", path, "--strict")
+    if chunk_bytes < 100:
+        pieces = read_chunks([path], None)
+        assert max(len(piece.content) for piece in pieces) <= chunk_bytes + 64
 
 
 def test_half_a_surrogate_pair_is_counted_as_unknown(folder, tmp_path):
@@ -222,7 +218,7 @@ def test_coverage_is_printed(folder, tmp_path, capsys, monkeypatch):
 
 def test_wrong_use_is_refused_before_counting(folder, tmp_path, monkeypatch):
     good = write_lines(tmp_path / "c.jsonl", RECORDS["text"])
-    monkeypatch.setattr(command, "count_tokens", None)
+    monkeypatch.setattr(command, "read_chunks", None)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
 
@@ -241,8 +237,20 @@ def test_wrong_use_is_refused_before_counting(folder, tmp_path, monkeypatch):
         attempt(tokenizer=tmp_path / "none")
     with pytest.raises(HubError, match="not a valid hub id"):
         attempt(tokenizer="owner/na--me")
-    with pytest.raises(RankingError, match="--max-tokens: expected at least 1"):
-        attempt(**{"max-tokens": 0})
+    for option in ("max-tokens", "processes"):
+        with pytest.raises(RankingError, match=f"--{option}: expected at least 1"):
+            attempt(**{option: 0})
+    with pytest.raises(RankingError, match="no such folder"):
+        attempt(checkpoint=tmp_path / "none" / "c")
+    with pytest.raises(RankingError, match="expected another file than --out"):
+        attempt(checkpoint=tmp_path / "r")
+    for source in ("--import-pt", "--merge"):
+        with pytest.raises(RankingError, match="--field is for --input"):
+            attempt(source=source, field="text")
+    with pytest.raises(RankingError, match="hf://owner: expected hf://owner/name"):
+        attempt(file="hf://owner")
+    with pytest.raises(RankingError, match="--tokenizer is needed"):
+        run(parser.parse_args(["--out", "r", "--input", str(good)]))
 
 
 def test_empty_corpus_is_refused(folder, tmp_path):

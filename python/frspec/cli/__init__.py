@@ -15,7 +15,7 @@ from typing import NoReturn
 from .. import convert, demo, ranking
 from ..errors import FrspecError
 from ..options import HelpFormatter
-from . import chat, evaluate, generate, info, make_synthetic
+from . import chat, compare_rankings, evaluate, generate, info, make_synthetic
 
 # name, one line for `frspec --help`, the module with add_arguments(parser) and run(args)
 _COMMANDS = (
@@ -23,6 +23,7 @@ _COMMANDS = (
     ("chat", "talk with a model", chat),
     ("convert", "turn a GGUF, PyTorch, EAGLE or Medusa checkpoint into a folder", convert),
     ("rank-tokens", "rank a vocabulary by frequency, for --vocab-size", ranking),
+    ("compare-rankings", "what two rankings share, and the text they cover", compare_rankings),
     ("eval", "the paper's evaluations: Spec-Bench, HumanEval, GSM8K", evaluate),
     ("info", "memory plan of a model, and what this build supports", info),
     ("make-synthetic", "write a model of true shape with random weights", make_synthetic),

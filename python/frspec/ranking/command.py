@@ -1,8 +1,11 @@
-"""The command `frspec rank-tokens`: counts a corpus, or imports a published list of ids."""
+"""The command `frspec rank-tokens`: counts a corpus, merges rankings, or imports a list of ids."""
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +23,27 @@ from rich.table import Table
 from ..errors import RankingError
 from ..hub import resolve
 from ..tokenizer import Tokenizer
-from .corpus import Broken, check_inputs, read_corpus
-from .count import Count, count_tokens
+from .checkpoint import Checkpoint
+from .chunk import Chunk
+from .corpus import check_sources, describe_source, name_of, parse_source, read_chunks
+from .count import ChunkCount, Tally, add_up, count_chunk
 from .file import Ranking
+from .imported import import_ids
+from .merge import merge_rankings
+from .workers import count_in_processes
 
 SIZES = (8192, 16384, 32768, 65536)
+
+_EPILOG = """\
+examples:
+  frspec rank-tokens --tokenizer ./model --input corpus.jsonl.zst --field text \\
+      --processes 8 --checkpoint corpus.checkpoint --out ranking.safetensors
+  frspec rank-tokens --tokenizer ./model --input hf://HuggingFaceFW/fineweb:sample-10BT \\
+      --max-tokens 1000000000 --out ranking.safetensors
+  frspec rank-tokens --tokenizer ./model --input results/results.jsonl --field text \\
+      --out own.safetensors
+  frspec rank-tokens --merge part-1.safetensors part-2.safetensors --out ranking.safetensors
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,20 +52,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Ranks the tokens of a vocabulary by how often they occur in a corpus, for drafting over"
         " the most frequent ones. One file serves every --vocab-size."
     )
+    parser.epilog = _EPILOG
     parser.add_argument(
         "--tokenizer",
-        required=True,
         metavar="DIR|HUB",
-        help="model folder or hub id (owner/name) whose tokenizer and config are used",
+        help="model folder or hub id (owner/name) whose tokenizer and config are used; needed but"
+        " for --merge",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
         nargs="+",
+        metavar="FILE|hf://...",
+        help="corpus, by name: .jsonl/.json (one object a line: ShareGPT conversations, messages"
+        " or text), .parquet (the same as columns), any other is plain text; .gz or .zst behind"
+        " it is decompressed. hf://owner/name[@revision][:config][/split] streams a data set of"
+        " the hub (split train by default)",
+    )
+    source.add_argument(
+        "--merge",
+        nargs="+",
         type=Path,
-        metavar="FILE",
-        help="corpus: .jsonl/.json (one object a line: ShareGPT conversations, messages or text),"
-        " .parquet (the same as columns), any other name is plain text",
+        metavar="RANKING",
+        help="add up rankings of the parts of a corpus, made on several machines, say: the result"
+        " is the ranking of the whole",
     )
     source.add_argument(
         "--import-pt",
@@ -56,121 +85,179 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ranking to write")
     parser.add_argument(
+        "--corpus", metavar="NAME", help="name of the corpus, kept in the file (default: inputs)"
+    )
+    group = parser.add_argument_group("counting")
+    group.add_argument(
         "--field", help="where a record's text is; a.b for nested ones (default: recognised)"
     )
-    parser.add_argument("--corpus", metavar="NAME", help="name of the corpus, kept in the file")
-    parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="stop after N tokens (default: all)"
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="stop after the first N tokens, always the same ones (default: all)",
     )
-    parser.add_argument(
-        "--strict", action="store_true", help="stop at the first broken line instead of skipping"
+    group.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="share the work among N processes, one core each; the counts are the same (default: 1"
+        " process with the tokenizer's own threads)",
+    )
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="keep here what was counted, twice a minute: the same command goes on from it after"
+        " an interruption. Removed when the ranking is written",
+    )
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first broken line or archive instead of counting what can be read",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise RankingError(f"--max-tokens: expected at least 1, found {args.max_tokens}")
-    # Hours of counting are not lost to a misspelt folder.
-    if not args.out.parent.is_dir():
-        raise RankingError(f"--out {args.out}: no such folder {args.out.parent}")
-    if args.out.is_dir():
-        raise RankingError(f"--out {args.out}: expected a file, found a folder")
-    tokenizer = Tokenizer.load(resolve(args.tokenizer, files="tokenizer"))
-    if args.import_pt is not None:
-        ranking = import_ids(args.import_pt, tokenizer, args.corpus or args.import_pt.name)
+    _check(args)
+    checkpoint = None
+    if args.merge is not None:
+        ranking = merge_rankings(args.merge, args.corpus)
+        if args.tokenizer is not None:
+            ranking.validate(Tokenizer.load(resolve(args.tokenizer, files="tokenizer")).fingerprint)
     else:
-        corpus = args.corpus or ", ".join(path.name for path in args.input)
-        ranking = _count(args, tokenizer, corpus)
+        folder = resolve(args.tokenizer, files="tokenizer")
+        tokenizer = Tokenizer.load(folder)
+        if args.import_pt is not None:
+            ranking = import_ids(args.import_pt, tokenizer, args.corpus or args.import_pt.name)
+        else:
+            ranking, checkpoint = _count(args, folder, tokenizer)
     ranking.save(args.out)
+    if checkpoint is not None:
+        checkpoint.remove()
     _print_summary(Console(), ranking, args.out)
     return 0
 
 
-def import_ids(path: Path, tokenizer: Tokenizer, corpus: str) -> Ranking:
-    """A ranking from a PyTorch file that holds token ids by frequency (a list or a tensor)."""
-    from ..convert.tensors import LazyTensor
-    from ..convert.torch_file import load_torch_file
-
-    if not path.is_file():
-        raise RankingError(f"{path}: no such input file")
-    value = load_torch_file(path)
-    try:
-        array = value.numpy() if isinstance(value, LazyTensor) else np.asarray(value)
-    except ValueError:  # lists of unequal lengths
-        array = np.asarray(None)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
-        found = f"{type(value).__name__} ({array.dtype} {list(array.shape)})"
-        raise RankingError(f"{path}: expected a list of token ids, found {found}")
-    outside = array[(array < 0) | (array >= tokenizer.vocab_size)]
-    if outside.size:
-        raise RankingError(
-            f"{path}: expected ids in [0, {tokenizer.vocab_size}) of the tokenizer,"
-            f" found {outside[0]}"
-        )
-    ranking = Ranking(
-        token_ids=array.astype(np.int32),
-        counts=np.zeros(array.size, dtype=np.int64),
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        corpus=corpus,
-        tokens_counted=0,
-        special_ids=tokenizer.ending_ids,
-        vocab_size=tokenizer.vocab_size,
-        source="imported",
-        path=str(path),
-    )
-    ranking.validate()
-    return ranking
+def _check(args: argparse.Namespace) -> None:
+    """Hours of counting are not lost to a misspelt folder."""
+    for option in ("max_tokens", "processes"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            name = option.replace("_", "-")
+            raise RankingError(f"--{name}: expected at least 1, found {value}")
+    if args.input is None:
+        for option in ("field", "max_tokens", "processes", "checkpoint", "strict"):
+            if getattr(args, option):
+                raise RankingError(f"--{option.replace('_', '-')} is for --input")
+    if args.tokenizer is None and args.merge is None:
+        raise RankingError("--tokenizer is needed (but for --merge)")
+    for option in ("out", "checkpoint"):
+        path = getattr(args, option)
+        if path is not None and not path.parent.is_dir():
+            raise RankingError(f"--{option} {path}: no such folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise RankingError(f"--{option} {path}: expected a file, found a folder")
+    if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
+        raise RankingError(f"--checkpoint {args.checkpoint}: expected another file than --out")
 
 
-def _count(args: argparse.Namespace, tokenizer: Tokenizer, corpus: str) -> Ranking:
-    broken = Broken(strict=args.strict)
-    total_bytes = check_inputs(args.input)  # before the bar: a missing file is one line
+def _count(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer
+) -> tuple[Ranking, Checkpoint | None]:
+    sources = [parse_source(text) for text in args.input]
+    total_bytes = check_sources(sources)  # before the bar: a missing file is one line
     console = Console(stderr=True)
-    with Progress(
-        BarColumn(bar_width=16),
-        TaskProgressColumn(),
-        DownloadColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,  # an unfinished bar would stand before an error's line
-    ) as progress:
-        task = progress.add_task("counting", total=total_bytes, rate="")
+    checkpoint = None
+    start = Tally.empty(tokenizer.vocab_size)
+    if args.checkpoint is not None:
+        configuration = _configuration(args, tokenizer, sources)
+        checkpoint = Checkpoint(args.checkpoint, configuration)
+        start = checkpoint.load(tokenizer.vocab_size)
+    if start.tokens:
+        _say(console, f"{args.checkpoint}: going on behind {start.tokens:,} tokens")
 
-        def show(count: Count) -> None:
-            rate = f"{_short(count.tokens)} tokens, {_short(_rate(count))}/s"
-            progress.update(task, completed=count.bytes_read, rate=rate)
-
-        pieces = read_corpus(args.input, args.field, broken)
-        count = count_tokens(tokenizer, pieces, args.max_tokens, show)
-    if broken.records:
-        console.print(
-            f"skipped {broken.records} broken records, the first at {broken.first}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-    if count.tokens == 0:
-        raise RankingError(f"{args.input[0]}: no text to count in the input")
-    console.print(
-        f"{count.tokens:,} tokens in {count.total_s:.1f} s: {_short(_rate(count))} tokens/s,"
-        f" {count.tokenizer_s / count.total_s:.0%} of the time in the tokenizer",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    begin = time.perf_counter()
+    tally = start
+    chunks = read_chunks(sources, args.field, start.position)
+    try:
+        with (
+            _progress(console) as progress,
+            closing(_counted(args, chunks, folder, tokenizer)) as counted,
+        ):
+            task = progress.add_task("counting", total=total_bytes, rate="")
+            for tally in add_up(
+                counted,
+                start,
+                strict=args.strict,
+                max_tokens=args.max_tokens,
+                recount=lambda chunk, limit: count_chunk(tokenizer, chunk, args.field, limit),
+            ):
+                rate = (tally.tokens - start.tokens) / (time.perf_counter() - begin)
+                told = f"{_short(tally.tokens)} tokens, {_short(rate)}/s"
+                progress.update(task, completed=tally.bytes_read, rate=told)
+                if checkpoint is not None:
+                    checkpoint.save_when_due(tally)
+    except BaseException:
+        if checkpoint is not None and tally.tokens:
+            checkpoint.save(tally)
+            _say(
+                console,
+                f"{args.checkpoint}: keeps {tally.tokens:,} tokens; the same command goes on"
+                " behind them",
+            )
+        raise
+    seconds = time.perf_counter() - begin
+    if tally.broken:
+        _say(console, str(tally.broken))
+    if tally.tokens == 0:
+        raise RankingError(f"{sources[0]}: no text to count in the input")
+    counted_now = tally.tokens - start.tokens
+    share = tally.tokenizer_s / (seconds * (args.processes or 1))
+    reached = tally.tokens == args.max_tokens
+    _say(
+        console,
+        f"{counted_now:,} tokens in {seconds:.1f} s: {_short(counted_now / seconds)} tokens/s,"
+        f" {share:.0%} of the time in the tokenizer"
+        + (f"; stopped at --max-tokens {args.max_tokens:,}" if reached else ""),
     )
-    return Ranking.from_counts(
-        count.counts,
+    ranking = Ranking.from_counts(
+        tally.counts,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        corpus=corpus,
+        corpus=args.corpus or name_of(sources),
         special_ids=tokenizer.ending_ids,
     )
+    return ranking, checkpoint
+
+
+def _counted(
+    args: argparse.Namespace, chunks: Iterator[Chunk], folder: Path, tokenizer: Tokenizer
+) -> Iterator[tuple[Chunk, ChunkCount]]:
+    if (args.processes or 1) > 1:
+        yield from count_in_processes(chunks, folder, args.field, args.processes)
+    else:
+        for chunk in chunks:
+            yield chunk, count_chunk(tokenizer, chunk, args.field)
+
+
+def _configuration(args: argparse.Namespace, tokenizer: Tokenizer, sources) -> dict[str, object]:
+    """What the counts depend on, by the names that a person knows."""
+    inputs = {f"input {number}": describe_source(s) for number, s in enumerate(sources, 1)}
+    return {
+        "tokenizer fingerprint": tokenizer.fingerprint,
+        "vocabulary": tokenizer.vocab_size,
+        "number of inputs": len(sources),
+        **inputs,
+        "--field": args.field,
+        "--max-tokens": args.max_tokens,
+        "--strict": args.strict,
+    }
 
 
 def _print_summary(console: Console, ranking: Ranking, path: Path) -> None:
     title = f"{path}: {len(ranking):,} of {ranking.vocab_size:,} tokens, {ranking.corpus}"
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    _say(console, title)
     if ranking.tokens_counted == 0:
         console.print("imported: the order is kept, there are no counts to compute coverage from")
         return
@@ -186,8 +273,20 @@ def _print_summary(console: Console, ranking: Ranking, path: Path) -> None:
     console.print(table)
 
 
-def _rate(count: Count) -> float:
-    return count.tokens / max(count.total_s, 1e-9)
+def _progress(console: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,  # an unfinished bar would stand before an error's line
+    )
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(value: float) -> str:

@@ -191,6 +191,12 @@ class Ranking:
         chosen = forced | (~forced & (np.cumsum(~forced) <= free))
         return np.concatenate([self.token_ids[chosen], missing.astype(np.int32)])
 
+    def counts_by_id(self) -> np.ndarray:
+        """Occurrences by token id, int64 [vocab_size]."""
+        counts = np.zeros(self.vocab_size, np.int64)
+        counts[self.token_ids] = self.counts
+        return counts
+
     def coverage(self, n: int) -> float:
         """Share of the counted tokens that subset(n) holds, in [0, 1]; 1 beyond the file's ids."""
         if self.tokens_counted == 0:
