@@ -69,9 +69,9 @@ class Engine {
   DeviceInfo device() const { return backend_->info(); }
   DType dtype() const { return dtype_; }
   int64_t max_context() const { return max_context_; }
-  // kPlain without a drafter.
   // Of the drafts; a Medusa drafter may fill less, or the tree that it was given.
   const TreeShape& tree() const { return tree_shape_; }
+  // kPlain without a drafter.
   Method draft_method() const { return draft_model_ ? draft_model_->method() : Method::kPlain; }
   int64_t draft_vocab_size() const;  // columns of the draft head; 0 without a drafter
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
