@@ -152,27 +152,35 @@ def read_report(folder: Path) -> dict:
 
 
 def test_eagle_from_start_to_frspec(monkeypatch, model, cache, tmp_path, capsys) -> None:
-    assert train(monkeypatch, model, cache, "eagle", tmp_path / "start", "--epochs", 0) == 0
-    out = tmp_path / "drafter"
-    assert train(monkeypatch, model, cache, "eagle", out, "--epochs", 12) == 0
-    before, after = (read_report(folder) for folder in (tmp_path / "start", out))
-    assert after["held_out_agreement"][0] > before["held_out_agreement"][0]
+    noisy = tiny.TinyDrafter(noise=0.6, fc_bias=True)
+    options = ["--start-from", tiny.write_drafter(tmp_path / "noisy", MODEL, model, noisy)]
+    start, out = tmp_path / "start", tmp_path / "drafter"
+    assert train(monkeypatch, model, cache, "eagle", start, *options, "--epochs", 0) == 0
+    options += ["--epochs", 20, "--learning-rate", 2e-3]
+    assert train(monkeypatch, model, cache, "eagle", out, *options) == 0
+    before, after = (read_report(folder)["held_out_agreement"] for folder in (start, out))
+    assert sum(after) > sum(before) + 0.1 and len(after) == 2
     assert not (out / ".training.pt").exists()
 
     # PyTorch's forward pass is the one that the reference, and so frspec, runs.
     task = train_drafter.EagleTask(model, features.Cache(cache), settings(), start_from=out)
     batch = features.Cache(cache).batch([0], "cpu")
+    hidden = batch["features"].float()
     with torch.no_grad():
-        found = task._forward(batch, batch["features"].float())[0].numpy()
+        first, committed = task._forward(batch, hidden)
+        guessed = torch.cat([hidden[:, :1], first], 1)
+        second = task._forward(batch, guessed, committed)[0][0].numpy()
     eagle = ReferenceEagle.load(out, Llama.load(model))
-    n = found.shape[0]
-    expected = eagle.rows(
-        batch["tokens"][0, 1:].numpy(),
-        batch["features"][0, :-1].double().numpy(),
-        np.arange(n),
-        np.tri(n, dtype=bool),
-    )
-    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    tokens, known = batch["tokens"][0, 1:].numpy(), hidden[0, :-1].double().numpy()
+    n = len(tokens)
+    expected = eagle.rows(tokens, known, np.arange(n), np.tri(n, dtype=bool))
+    error = 1e-3 * np.abs(expected).max()
+    assert np.abs(first[0].numpy() - expected).max() < error
+    for end in (1, 2, n - 1):  # a row upon what the one before it predicted
+        inputs = np.vstack([known[:end], expected[end - 1]])
+        rows = np.arange(end + 1), np.tri(end + 1, dtype=bool)
+        level = eagle.rows(tokens[: end + 1], inputs, *rows)[-1]
+        assert np.abs(second[end] - level).max() < error
 
     capsys.readouterr()
     assert run(monkeypatch, "measure", out, "--model", model, "--cache", cache) == 0

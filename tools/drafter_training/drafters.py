@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from .conversations import TrainingError
 
+KeysValues = tuple[Tensor, Tensor]  # [B, heads, T, head_dim] each
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -38,15 +40,29 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], committed: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """x [B, T, d]. committed: of the rows in whose place other rows stand in x; a row sees the
+        committed rows before it, and itself as it is in x."""
+
         def split(y: Tensor, heads: int) -> Tensor:
             return y.view(*y.shape[:2], heads, self.head_dim).transpose(1, 2)
 
         q = _rotate(split(self.q_proj(x), self.heads), rope)
         k = _rotate(split(self.k_proj(x), self.kv_heads), rope)
         v = split(self.v_proj(x), self.kv_heads)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        if committed is None:
+            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            rows = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+            visible = torch.cat([rows.tril(-1), rows.tril() & rows.triu()], 1)
+            keys = torch.cat([committed[0], k], 2)
+            values = torch.cat([committed[1], v], 2)
+            y = functional.scaled_dot_product_attention(
+                q, keys, values, attn_mask=visible, enable_gqa=True
+            )
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -76,9 +92,12 @@ class Layer(nn.Module):
         self.mlp = Mlp(config)
         self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(x, rope)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], committed: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        attended, own = self.self_attn(x, rope, committed)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), own
 
 
 class Eagle(nn.Module):
@@ -97,9 +116,18 @@ class Eagle(nn.Module):
         self.fc = nn.Linear(2 * hidden, hidden, bias=True)
         self.layers = nn.ModuleList([Layer(self.config)])
 
-    def forward(self, embedded: Tensor, features: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """embedded, features [B, T, d] -> [B, T, d]."""
-        return self.layers[0](self.fc(torch.cat([embedded, features], -1)), rope)
+    def forward(
+        self,
+        embedded: Tensor,
+        features: Tensor,
+        rope: tuple[Tensor, Tensor],
+        committed: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues]:
+        """embedded, features [B, T, d] -> hidden [B, T, d], and the layer's keys and values.
+
+        With `committed` the features are the drafter's own, as in the second level of a tree.
+        """
+        return self.layers[0](self.fc(torch.cat([embedded, features], -1)), rope, committed)
 
     @torch.no_grad()
     def start(self, gram: Tensor, product: Tensor) -> None:

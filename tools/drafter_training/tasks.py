@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from .conversations import TrainingError
-from .drafters import Eagle, Medusa, load_eagle, write_checkpoint
+from .drafters import Eagle, KeysValues, Medusa, load_eagle, write_checkpoint
 from .features import Cache, read_tensor
 from .objective import Columns
 from .training import Settings
 
 _FEATURE_NOISE = 0.1  # of the features' deviation: a drafter reads its own guesses later
 _FEATURE_LOSS = 0.5
+_SECOND_LEVEL = 0.7  # weight of the loss of the second level beside the first's
 _START_BATCHES = 60  # of the linear map that an EAGLE layer begins as
 
 
@@ -63,33 +64,50 @@ class EagleTask:
         features = batch["features"].float()
         noise = torch.rand(features.shape, generator=generator).to(features.device) - 0.5
         noisy = features + 2 * _FEATURE_NOISE * self.deviation * noise
-        hidden, wanted = self._forward(batch, noisy), features[:, 1:]
-        taught = batch["top_probs"][:, 1:].sum(-1) > 0
         self.columns.draw(generator)
-        hidden, wanted = hidden[taught], wanted[taught]
-        cross_entropy = self.columns.cross_entropy(
-            hidden, batch["top_ids"][:, 1:][taught], batch["top_probs"][:, 1:][taught]
-        )
-        distance = functional.smooth_l1_loss(
+        hidden, committed = self._forward(batch, noisy)
+        first = self._distance(hidden, batch)
+        # The second level: every row but the first again, upon the feature that was predicted.
+        guessed = torch.cat([features[:, :1], hidden.float()], 1)
+        second, _ = self._forward(batch, guessed, committed)
+        return first + _SECOND_LEVEL * self._distance(second, batch)
+
+    def _distance(self, hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Of what was predicted from the target's next features and their distributions."""
+        probs, ids = batch["top_probs"][:, 1:], batch["top_ids"][:, 1:]
+        taught = probs.sum(-1) > 0
+        hidden, wanted = hidden[taught], batch["features"][:, 1:][taught].float()
+        cross_entropy = self.columns.cross_entropy(hidden, ids[taught], probs[taught])
+        features = functional.smooth_l1_loss(
             hidden.float() / self.deviation, wanted / self.deviation
         )
-        return cross_entropy + _FEATURE_LOSS * distance
+        return cross_entropy + _FEATURE_LOSS * features
 
     def agreement(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-        hidden = self._forward(batch, batch["features"].float())
+        """Of the first level, and of the second upon what the first one predicted."""
+        features = batch["features"].float()
+        hidden, committed = self._forward(batch, features)
+        guessed = torch.cat([features[:, :1], hidden.float()], 1)
+        levels = [hidden, self._forward(batch, guessed, committed)[0]]
         taught = batch["top_probs"][:, 1:].sum(-1) > 0
-        best = (hidden[taught].to(torch.bfloat16) @ self.target.head.T).argmax(-1)
-        hits = (best == batch["top_ids"][:, 1:, 0][taught]).sum()
-        return hits[None], len(best)
+        wanted = batch["top_ids"][:, 1:, 0][taught]
+        hits = [
+            ((level[taught].to(torch.bfloat16) @ self.target.head.T).argmax(-1) == wanted).sum()
+            for level in levels
+        ]
+        return torch.stack(hits), len(wanted)
 
     def save(self, folder: Path) -> None:
         write_checkpoint(folder, self.drafter.state_dict(), self.drafter.config)
 
-    def _forward(self, batch: dict[str, Tensor], features: Tensor) -> Tensor:
+    def _forward(
+        self, batch: dict[str, Tensor], features: Tensor, committed: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """Rows with the token behind each position and its feature, the last position aside."""
         embedded = self.target.embedding[batch["tokens"][:, 1:]].float()
         rows = embedded.shape[1]
         rope = tuple(table[:rows] for table in self.rope)
-        return self.drafter(embedded, features[:, :-1], rope)
+        return self.drafter(embedded, features[:, :-1], rope, committed)
 
     def _normal_equations(self, cache: Cache, settings: Settings) -> tuple[Tensor, Tensor]:
         gram, product = 0.0, 0.0
