@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from reference.eagle import Eagle
 from reference.llama import Llama
 from reference.medusa import Medusa
 from reference.storage import write_safetensors
+
+# A shell's background job, and what it starts, ignores Ctrl-C: the tests of it need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
