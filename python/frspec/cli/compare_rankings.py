@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         default=[],
-        metavar="FILE|hf://...",
+        metavar="INPUT",
         help="text to cover, in the forms that rank-tokens takes; records with a field `task`,"
         " such as those of `frspec eval`, are shown by task too",
     )

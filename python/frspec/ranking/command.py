@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--input",
         nargs="+",
-        metavar="FILE|hf://...",
+        metavar="INPUT",
         help="corpus, by name: .jsonl/.json (one object a line: ShareGPT conversations, messages"
         " or text), .parquet (the same as columns), any other is plain text; .gz or .zst behind"
         " it is decompressed. hf://owner/name[@revision][:config][/split] streams a data set of"
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merge",
         nargs="+",
         type=Path,
-        metavar="RANKING",
+        metavar="FILE",
         help="add up rankings of the parts of a corpus, made on several machines, say: the result"
         " is the ranking of the whole",
     )
