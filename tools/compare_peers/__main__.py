@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import frspec
 from frspec.evaluation.generate import chat_messages
 from frspec.evaluation.methods import short_size
 from frspec.evaluation.tasks import TASKS, load_questions
@@ -59,6 +60,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     args = parser.parse_args()
 
+    try:
+        return compare(args)
+    except (frspec.FrspecError, RuntimeError, OSError) as error:
+        print(f"compare_peers: error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(args.model)
     prompts = read_prompts(args, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:

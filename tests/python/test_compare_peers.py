@@ -1,0 +1,53 @@
+"""tools/compare_peers with the runtime that is always there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation_files import EvaluationFiles, write_evaluation_files
+
+TOOL = Path(__file__).parents[2] / "tools" / "compare_peers"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, ranking_writer) -> EvaluationFiles:
+    return write_evaluation_files(tmp_path_factory.mktemp("files"), ranking_writer)
+
+
+def compare(files: EvaluationFiles, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, TOOL, "--model", files.model, "--spec-bench", files.spec_bench]
+    return subprocess.run(
+        [*map(str, command), *map(str, options)],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "120"},
+    )  # fmt: skip
+
+
+def test_table_and_report(files, tmp_path) -> None:
+    done = compare(
+        files, "--drafter", files.drafter, "--medusa", files.heads, "--ranking", files.ranking,
+        "--vocab-sizes", 256, 128, "--medusa-vocab-size", 128, "--tasks", "mt", "conv", "qa",
+        "--max-new-tokens", 12, "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runtimes = json.loads((tmp_path / "report.json").read_text())["runtimes"]
+    frspec = {name: row for name, row in runtimes.items() if name.startswith("frspec, ")}
+    assert [*frspec] == [
+        "frspec, plain", "frspec, EAGLE-2", "frspec, EAGLE-2 + FR 256", "frspec, EAGLE-2 + FR 128",
+        "frspec, Medusa", "frspec, Medusa + FR 128",
+    ]  # fmt: skip
+    for name, row in frspec.items():
+        assert row["same_text"] == 1 and row["tokens_per_s"] > 0
+        assert name in done.stdout
+    assert frspec["frspec, plain"]["over_plain"] == 1
+    assert frspec["frspec, EAGLE-2"]["accept_length"] > 1
+    assert "5 questions" in done.stdout
+
+
+def test_a_runtime_that_cannot_start(files) -> None:
+    done = compare(files, "--drafter", files.model / "none", "--tasks", "mt")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("compare_peers: error: Frspec: ModelError: ")
