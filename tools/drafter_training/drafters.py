@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from frspec.files import umask
+
 from .conversations import TrainingError
 
 KeysValues = tuple[Tensor, Tensor]  # [B, heads, T, head_dim] each
@@ -186,6 +188,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str,
     }
     temporary = folder / ".model.safetensors"
     save_file(stored, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o666 & ~umask())  # the library's files are private
     temporary.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
