@@ -73,6 +73,8 @@ def compare(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         runtimes = start(args, Path(scratch))
         found = measure(runtimes, prompts, args.max_new_tokens)
+        for runtime in runtimes.values():
+            runtime.close()
     report = summarize(found, tokenizer.ending_ids)
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
@@ -176,7 +178,7 @@ def same_text(written: Written, plain: Written, ending_ids: list[int]) -> bool:
 def print_table(report: dict[str, dict[str, float]], questions: int) -> None:
     table = Table(title=f"{questions} questions, greedy")
     for name in ("", "tokens/s", "over plain", "first token", "accept length", "same text"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for label, row in report.items():
         table.add_row(
             label, f"{row['tokens_per_s']:.1f}", f"{row['over_plain']:.2f}x",

@@ -116,6 +116,11 @@ class Process:
         self._pipe.send((prompt, new_tokens))
         return self._receive()
 
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(10)
+
     def _receive(self) -> Any:
         answer = self._pipe.recv()
         if isinstance(answer, Exception):
