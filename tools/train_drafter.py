@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +26,7 @@ from rich.progress import Progress
 import frspec
 from drafter_training import accept_length, features
 from drafter_training.tasks import EagleTask, MedusaTask
-from drafter_training.training import Settings, train
+from drafter_training.training import Settings, Task, train
 from frspec.files import write_whole
 
 _CUDA = torch.cuda.is_available()
@@ -104,13 +106,9 @@ def _add_eagle(commands) -> argparse.ArgumentParser:
 
 
 def _eagle(args: argparse.Namespace, progress: Progress) -> None:
-    settings, cache = _settings(args), features.Cache(args.cache)
-    task = EagleTask(args.model, cache, settings, args.start_from)
-    held_out = features.Cache(args.cache, held_out=True)
-    recipe = _recipe("eagle", args, cache) | {
-        "start_from": None if args.start_from is None else str(args.start_from)
-    }
-    train(task, cache, held_out, settings, recipe, args.out, progress)
+    start_from = args.start_from
+    own = {"start_from": None if start_from is None else str(start_from)}
+    _train("eagle", own, lambda *which: EagleTask(args.model, *which, start_from), args, progress)
 
 
 def _add_medusa(commands) -> argparse.ArgumentParser:
@@ -122,11 +120,23 @@ def _add_medusa(commands) -> argparse.ArgumentParser:
 
 
 def _medusa(args: argparse.Namespace, progress: Progress) -> None:
+    own = {"heads": args.heads}
+    _train("medusa", own, lambda *which: MedusaTask(args.model, *which, args.heads), args, progress)
+
+
+def _train(
+    kind: str,
+    own: dict[str, Any],
+    make_task: Callable[[features.Cache, Settings], Task],
+    args: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    """own: the settings of this kind alone, for the report."""
     settings, cache = _settings(args), features.Cache(args.cache)
-    task = MedusaTask(args.model, cache, settings, args.heads)
+    made_of = json.loads((args.cache / "cache.json").read_text(encoding="utf-8"))["recipe"]
+    recipe = {"drafter": kind, "cache": made_of, "cached_tokens": cache.tokens} | own
     held_out = features.Cache(args.cache, held_out=True)
-    recipe = _recipe("medusa", args, cache) | {"heads": args.heads}
-    train(task, cache, held_out, settings, recipe, args.out, progress)
+    train(make_task(cache, settings), cache, held_out, settings, recipe, args.out, progress)
 
 
 def _add_training(parser: argparse.ArgumentParser, learning_rate: float) -> None:
@@ -158,11 +168,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         device=args.device,
     )
-
-
-def _recipe(kind: str, args: argparse.Namespace, cache: features.Cache) -> dict:
-    made_of = json.loads((args.cache / "cache.json").read_text(encoding="utf-8"))
-    return {"drafter": kind, "cache": made_of["recipe"], "cached_tokens": cache.tokens}
 
 
 def _add_measure(commands) -> argparse.ArgumentParser:
