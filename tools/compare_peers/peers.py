@@ -34,6 +34,8 @@ class Frspec:
         self._generator = frspec.Generator(model, threads=threads, **options)
 
     def write(self, prompt: list[int], new_tokens: int) -> Written:
+        # A sequence that begins otherwise comes first: the others keep nothing of a prompt either.
+        self._generator.generate([1 if prompt[0] == 0 else 0], max_new_tokens=1)
         result = self._generator.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
         lengths = result.accept_lengths
         return Written(

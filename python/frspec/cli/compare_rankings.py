@@ -11,12 +11,11 @@ from ..errors import RankingError
 from ..evaluation.tasks import TASKS, load_questions
 from ..hub import resolve
 from ..ranking import Ranking, compare
+from ..ranking.command import SIZES
 from ..ranking.compare import Coverage, Overlap, Text
 from ..ranking.corpus import check_sources, name_of, parse_source, read_chunks
 from ..ranking.count import count_texts
 from ..tokenizer import Tokenizer
-
-SIZES = (8192, 16384, 32768, 65536)
 
 _EPILOG = """\
 examples:
