@@ -53,9 +53,10 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   pool_.parallel_for(
       tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t split = i % split_tasks;
-          const int64_t head = i / split_tasks % kv.heads;
-          const int64_t row = i / split_tasks / kv.heads * tile;
+          // Tasks beside each other, which one thread is likely to get, read the same keys.
+          const int64_t row = i % tiles * tile;
+          const int64_t split = i / tiles % split_tasks;
+          const int64_t head = i / tiles / split_tasks;
           const int64_t column = head * heads * head_dim;
           AttentionTask task{};
           task.out = out.row<float>(row) + column;

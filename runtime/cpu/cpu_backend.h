@@ -101,7 +101,7 @@ class CpuBackend final : public Backend {
   };
   PreparedRows prepare_rows(const Tensor& x, DType weight_dtype);
   template <typename Body>
-  void for_panel_groups(int64_t rows, int64_t panels, int64_t group, const Body& body);
+  void for_panel_groups(int64_t rows, int64_t panels, const Body& body);
   void find_likeliest(const Tensor& logits);
   void sample_all(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
                   const int32_t* positions);

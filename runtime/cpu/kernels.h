@@ -111,7 +111,7 @@ struct Kernels {
   int64_t panel;           // P, outputs of a panel
   PanelLayout layouts[3];  // by DType: kF32, kF16, kBF16
   bool prepares_rows[3];   // whether x goes through prepare_rows first
-  int64_t task_panels;     // panels of one multiply of many rows
+  int64_t row_panels;      // panels that a single row is multiplied with at a time
 
   void (*multiply[3])(const MultiplyTask& task);
   // Activations as `multiply` wants them: `depth` bf16, padded to a multiple of 16 with zeros.

@@ -39,12 +39,14 @@ CpuBackend::PreparedRows CpuBackend::prepare_rows(const Tensor& x, DType weight_
   return {prepared_rows_, stride};
 }
 
-// body(first row, rows, first panel, panels, accumulators) for all rows and panels.
+// body(first row, rows, first panel, panels, accumulators) for all rows and panels. The tasks are
+// small: the narrow layers of small models have no more than 18 panels to share out.
 template <typename Body>
-void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, int64_t group, const Body& body) {
+void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, const Body& body) {
+  const int64_t group = rows == 1 ? kernels_.row_panels : 1;
   const int64_t row_blocks = (rows + kLinearRowBlock - 1) / kLinearRowBlock;
   const int64_t row_block = row_blocks == 0 ? 0 : (rows + row_blocks - 1) / row_blocks;
-  FRSPEC_CHECK(row_block * kernels_.task_panels * kernels_.panel <= accumulators_per_thread_, Error,
+  FRSPEC_CHECK(accumulator_count(row_block, kernels_) <= accumulators_per_thread_, Error,
                "linear: ", rows, " rows exceed the planned workspace of ", limits_.rows);
   const int64_t groups = (panels + group - 1) / group;
   pool_.parallel_for(groups * row_blocks, 1, [&](int64_t begin, int64_t end, int thread) {
@@ -71,7 +73,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& 
   const auto multiply = kernels_.multiply[static_cast<int>(w.dtype)];
   const int64_t panels = (w.out_features + panel - 1) / panel;
   for_panel_groups(
-      x.rows, panels, kernels_.task_panels,
+      x.rows, panels,
       [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
           float* accumulators) {
         multiply({static_cast<const char*>(w.data) + first_panel * bytes, bytes, count,
@@ -99,9 +101,8 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
   const PreparedRows rows_in = prepare_rows(x, gate.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(gate.dtype)];
   const int64_t panels = (gate.out_features + panel - 1) / panel;
-  const int64_t group = std::max<int64_t>(1, kernels_.task_panels / 2);
   for_panel_groups(
-      x.rows, panels, group,
+      x.rows, panels,
       [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
           float* accumulators) {
         const float* from = static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;

@@ -9,102 +9,90 @@ namespace frspec::cpu::FRSPEC_ISA {
 // Bytes of a panel that several row tiles pass over before the next bytes: they stay in the L2
 // cache meanwhile, and so does the block that is being fetched.
 constexpr int64_t kBlockBytes = 64 << 10;
-// Up to this size of x the panels are the outer loop, so that each is read from memory in one go;
-// beyond it the blocks of k are, so that x is read from the L2 cache for all panels of the task.
-constexpr int64_t kResidentBytes = 192 << 10;
 // A single tile asks for its weights this far ahead, once it has enough rows that arithmetic takes
 // about as long as memory: the hardware's prefetchers alone leave the two taking turns. With fewer
 // rows they are best left alone (docs/cpu.md has the measurement).
 constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kPrefetchRows = 3;  // times kGroup
+// Tiles of fewer rows have too few sums at a time to hide the latency of a multiply-add.
+constexpr int64_t kLeastTileRows = Simd::kTileRows < 8 ? Simd::kTileRows / 2 : 4;
 
-template <typename Weights, int M>
-void multiply_rows(const char* weights, int64_t panel_bytes, const float* x, int64_t x_stride,
-                   int64_t groups, float* out, bool accumulate, TilePrefetch prefetch) {
-  multiply_tile<Weights, M, 1>(weights, panel_bytes, x, x_stride, groups, out, 0, accumulate,
-                               prefetch);
-}
-
+// A row has two sums for each panel: panels side by side hide the latency of its multiply-adds.
 template <typename Weights>
-using MultiplyRows = void (*)(const char*, int64_t, const float*, int64_t, int64_t, float*, bool,
-                              TilePrefetch);
-
-template <typename Weights, int N, int M>
-FRSPEC_INLINE void multiply_few(const MultiplyTask& task, int64_t groups) {
+void multiply_row(const MultiplyTask& task, int64_t groups) {
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
+  constexpr int kPanels = Simd::kRowPanels;
   const char* weights = static_cast<const char*>(task.weights);
   const float* x = static_cast<const float*>(task.x);
   int64_t p = 0;
-  for (; p + N <= task.panels; p += N) {
-    multiply_tile<Weights, M, N>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
-                                 groups, task.accumulators + p * M * kOutputs, M * kOutputs, false,
-                                 {});
+  for (; p + kPanels <= task.panels; p += kPanels) {
+    multiply_tile<Weights, 1, kPanels>(weights + p * task.panel_bytes, task.panel_bytes, x, 0,
+                                       groups, task.accumulators + p * kOutputs, kOutputs, false,
+                                       {});
   }
   for (; p < task.panels; ++p) {
-    multiply_tile<Weights, M, 1>(weights + p * task.panel_bytes, task.panel_bytes, x, task.x_stride,
-                                 groups, task.accumulators + p * M * kOutputs, 0, false, {});
+    multiply_tile<Weights, 1, 1>(weights + p * task.panel_bytes, 0, x, 0, groups,
+                                 task.accumulators + p * kOutputs, 0, false, {});
   }
 }
 
-template <typename Weights>
-void multiply(const MultiplyTask& task) {
-  constexpr int64_t kOutputs = 2 * Simd::kLanes;
-  static_assert(Simd::kTileRows == 4 || Simd::kTileRows == 6 || Simd::kTileRows == 12);
-  const int64_t all_groups = (task.depth + Weights::kGroup - 1) / Weights::kGroup;
-  if (task.rows == 1) return multiply_few<Weights, Simd::kTilePanels, 1>(task, all_groups);
-  if (task.rows == 2) return multiply_few<Weights, Simd::kTilePanels / 2, 2>(task, all_groups);
+template <typename Weights, int M>
+void multiply_rows(const char* weights, const float* x, int64_t x_stride, int64_t groups,
+                   float* out, bool accumulate, TilePrefetch prefetch) {
+  multiply_tile<Weights, M, 1>(weights, 0, x, x_stride, groups, out, 0, accumulate, prefetch);
+}
 
-  static constexpr MultiplyRows<Weights> kTiles[] = {
-      nullptr,
-      multiply_rows<Weights, 1>,
-      multiply_rows<Weights, 2>,
-      multiply_rows<Weights, 3>,
-      multiply_rows<Weights, 4>,
-#define FRSPEC_TILE(m) \
-  Simd::kTileRows >= m ? multiply_rows<Weights, m <= Simd::kTileRows ? m : 1> : nullptr
-      FRSPEC_TILE(5),
-      FRSPEC_TILE(6),
-      FRSPEC_TILE(7),
-      FRSPEC_TILE(8),
-      FRSPEC_TILE(9),
-      FRSPEC_TILE(10),
-      FRSPEC_TILE(11),
-      FRSPEC_TILE(12),
+// The rows of one panel.
+template <typename Weights>
+void multiply_panel(const char* weights, const MultiplyTask& task, int64_t all_groups,
+                    float* accumulators) {
+  constexpr int64_t kOutputs = 2 * Simd::kLanes;
+  using MultiplyRows =
+      void (*)(const char*, const float*, int64_t, int64_t, float*, bool, TilePrefetch);
+#define FRSPEC_TILE(m) multiply_rows<Weights, m <= Simd::kTileRows ? m : 1>
+  static constexpr MultiplyRows kTiles[] = {
+      nullptr,         FRSPEC_TILE(1),  FRSPEC_TILE(2), FRSPEC_TILE(3), FRSPEC_TILE(4),
+      FRSPEC_TILE(5),  FRSPEC_TILE(6),  FRSPEC_TILE(7), FRSPEC_TILE(8), FRSPEC_TILE(9),
+      FRSPEC_TILE(10), FRSPEC_TILE(11), FRSPEC_TILE(12)};
 #undef FRSPEC_TILE
-  };
-  const int64_t tiles = tile_count(task.rows);
-  const int64_t small = task.rows / tiles;
-  const int64_t large_tiles = task.rows % tiles;
-  const int64_t block_groups = tiles == 1 ? all_groups : kBlockBytes / Weights::kGroupBytes;
-  const int64_t blocks = (all_groups + block_groups - 1) / block_groups;
-  const bool panels_outer = task.rows * all_groups * 4 <= kResidentBytes || blocks == 1;
+  static_assert(Simd::kTileRows <= 12);
+  const int64_t tiles = (task.rows + Simd::kTileRows - 1) / Simd::kTileRows;
+  const int64_t most_groups = tiles == 1 ? all_groups : kBlockBytes / Weights::kGroupBytes;
+  const int64_t blocks = (all_groups + most_groups - 1) / most_groups;
+  // Blocks of one size, as each fetches as much of the next as it has itself.
+  const int64_t block_groups =
+      ((all_groups + blocks - 1) / blocks + kUnroll - 1) / kUnroll * kUnroll;
   // A single tile runs ahead in its own stream; of several, each brings its share of the next
   // block.
   constexpr int64_t kLines = (kUnroll * Weights::kGroupBytes + 63) / 64;
   const bool prefetches = task.rows >= kPrefetchRows * Weights::kGroup;
   const int64_t prefetch_bytes = prefetches ? (kLines + tiles - 1) / tiles * 64 : 0;
 
-  const char* weights = static_cast<const char*>(task.weights);
-  const float* x = static_cast<const float*>(task.x);
-  for (int64_t i = 0; i < task.panels * blocks; ++i) {
-    const int64_t p = panels_outer ? i / blocks : i % task.panels;
-    const int64_t first = (panels_outer ? i % blocks : i / task.panels) * block_groups;
+  for (int64_t first = 0; first < all_groups; first += block_groups) {
     const int64_t left = all_groups - first;
     const int64_t groups = left < block_groups ? left : block_groups;
-    const char* block = weights + p * task.panel_bytes + first * Weights::kGroupBytes;
-    const char* next = tiles == 1 ? block + kPrefetchBytes
-                       : panels_outer || p + 1 == task.panels
-                           ? block + groups * Weights::kGroupBytes
-                           : block + task.panel_bytes;
-    int64_t row = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t m = small + (t < large_tiles ? 1 : 0);
-      const int64_t share = groups / kUnroll * prefetch_bytes;
-      kTiles[m](block, task.panel_bytes, x + row * task.x_stride + first, task.x_stride, groups,
-                task.accumulators + (p * task.rows + row) * kOutputs, first > 0,
-                {next + t * share, prefetch_bytes});
-      row += m;
+    const char* block = weights + first * Weights::kGroupBytes;
+    const char* next = block + (tiles == 1 ? kPrefetchBytes : groups * Weights::kGroupBytes);
+    const float* x = static_cast<const float*>(task.x) + first;
+    for (int64_t row = 0, m = 0; row < task.rows; row += m) {
+      const int64_t rows_left = task.rows - row;
+      m = rows_left < Simd::kTileRows ? rows_left : Simd::kTileRows;
+      if (m < rows_left && rows_left - m < kLeastTileRows) m = rows_left - kLeastTileRows;
+      kTiles[m](block, x + row * task.x_stride, task.x_stride, groups,
+                accumulators + row * kOutputs, first > 0, {next, prefetch_bytes});
+      next += groups / kUnroll * prefetch_bytes;
     }
+  }
+}
+
+template <typename Weights>
+void multiply(const MultiplyTask& task) {
+  constexpr int64_t kOutputs = 2 * Simd::kLanes;
+  const int64_t groups = (task.depth + Weights::kGroup - 1) / Weights::kGroup;
+  if (task.rows == 1) return multiply_row<Weights>(task, groups);
+  for (int64_t p = 0; p < task.panels; ++p) {
+    multiply_panel<Weights>(static_cast<const char*>(task.weights) + p * task.panel_bytes, task,
+                            groups, task.accumulators + p * task.rows * kOutputs);
   }
 }
 

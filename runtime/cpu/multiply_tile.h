@@ -109,9 +109,4 @@ FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const
   }
 }
 
-// The number of tiles of at most kTileRows that `rows` are cut into, as evenly as possible.
-FRSPEC_INLINE int64_t tile_count(int64_t rows) {
-  return (rows + Simd::kTileRows - 1) / Simd::kTileRows;
-}
-
 }  // namespace frspec::cpu::FRSPEC_ISA

@@ -14,7 +14,7 @@ struct Simd {
 
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;
-  static constexpr int kTilePanels = 4;
+  static constexpr int kRowPanels = 2;
 
   static FRSPEC_INLINE F zero() { return _mm256_setzero_ps(); }
   static FRSPEC_INLINE F set(float value) { return _mm256_set1_ps(value); }

@@ -16,7 +16,7 @@ struct Simd {
 
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 12;
-  static constexpr int kTilePanels = 4;
+  static constexpr int kRowPanels = 1;
 
   static FRSPEC_INLINE F zero() { return _mm512_setzero_ps(); }
   static FRSPEC_INLINE F set(float value) { return _mm512_set1_ps(value); }

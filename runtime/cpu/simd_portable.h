@@ -18,8 +18,8 @@ struct Simd {
   typedef uint16_t LooseH __attribute__((vector_size(16), aligned(2), may_alias));
 
   static constexpr int kLanes = 8;
-  static constexpr int kTileRows = 4;    // rows of a register tile two vectors wide
-  static constexpr int kTilePanels = 2;  // panels of a register tile of one row
+  static constexpr int kTileRows = 4;   // rows of a register tile two vectors wide
+  static constexpr int kRowPanels = 2;  // panels of a register tile of one row
 
   static FRSPEC_INLINE F zero() { return F{}; }
   static FRSPEC_INLINE F set(float value) { return F{} + value; }

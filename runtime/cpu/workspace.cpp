@@ -17,8 +17,7 @@ void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
   const int64_t threads = pool_.threads();
   limits_ = limits;
 
-  const int64_t outputs = kernels_.task_panels * kernels_.panel;
-  accumulators_per_thread_ = std::min(limits.rows, kLinearRowBlock) * outputs;
+  accumulators_per_thread_ = accumulator_count(std::min(limits.rows, kLinearRowBlock), kernels_);
   accumulators_ = arena.take_array<float>(name, threads * accumulators_per_thread_);
   if (kernels_.prepare_row != nullptr) {
     prepared_rows_ =
