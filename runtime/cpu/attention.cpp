@@ -38,17 +38,18 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   }
   if (rows == 0) return;
 
-  // Large tiles share the work on keys and values; small ones keep all threads busy.
+  // Large tiles share the work on keys and values, small ones keep all threads busy; cutting long
+  // contexts into splits does both.
   const int64_t wanted_tasks = 4 * pool_.threads();
-  int64_t tile = kAttentionQueries / heads;
-  tile = std::min(tile, std::max<int64_t>(1, rows * kv.heads / wanted_tasks));
-  const int64_t tiles = (rows + tile - 1) / tile;
   const int64_t max_splits =
       std::max<int64_t>(1, (visible.max_length + kAttentionSplit - 1) / kAttentionSplit);
   const int64_t partial = head_dim + 2;
-  const bool splits = pool_.threads() > 1 && max_splits > 1 && tiles * kv.heads < wanted_tasks &&
+  const bool splits = pool_.threads() > 1 && max_splits > 1 &&
                       rows * query_heads * max_splits * partial <= split_partials_size_;
   const int64_t split_tasks = splits ? max_splits : 1;
+  const int64_t tile = std::clamp<int64_t>(rows * kv.heads * split_tasks / wanted_tasks, 1,
+                                           kAttentionQueries / heads);
+  const int64_t tiles = (rows + tile - 1) / tile;
 
   pool_.parallel_for(
       tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end, int thread) {
@@ -88,11 +89,13 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
         }
       });
   if (!splits) return;
-  for (int64_t i = 0; i < rows * query_heads; ++i) {
-    kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
-                          split_partials_ + i * max_splits * partial, max_splits, partial, head_dim,
-                          attention_scratch_->block);
-  }
+  pool_.parallel_for(rows * query_heads, 32, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
+                            split_partials_ + i * max_splits * partial, max_splits, partial,
+                            head_dim, attention_scratch_[thread].block);
+    }
+  });
 }
 
 }  // namespace frspec::cpu

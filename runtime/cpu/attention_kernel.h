@@ -88,35 +88,45 @@ inline void product(const float* x, int64_t x_stride, int64_t rows, const float*
   }
 }
 
-// Softmax state of one query: `values` are weighted with exp(score - max), `sum` is the weights'.
-struct Partial {
+// Softmax states of queries: `values` [queries, D] are weighted with exp(score - max), `sum` is the
+// weights', 0 where there is nothing yet.
+struct Partials {
   float* max;
-  float* sum;  // 0: nothing yet
+  float* sum;
   float* values;
 };
 
-inline void merge(const Partial& into, const float max, const float sum, const float* values,
-                  int64_t head_dim) {
-  if (sum == 0.0f) return;
-  if (*into.sum == 0.0f) {
-    *into.max = max;
-    *into.sum = sum;
-    for (int64_t d = 0; d < head_dim; ++d) into.values[d] = values[d];
-    return;
+inline void merge(const Partials& into, const Partials& from, int64_t queries, int64_t head_dim) {
+  float maxima[kAttentionQueries];
+  float old_factors[kAttentionQueries] = {};
+  float factors[kAttentionQueries] = {};
+  for (int64_t i = 0; i < queries; ++i) {
+    maxima[i] = from.max[i] > into.max[i] ? from.max[i] : into.max[i];
+    old_factors[i] = into.max[i] - maxima[i];
+    factors[i] = from.max[i] - maxima[i];
   }
-  const float new_max = max > *into.max ? max : *into.max;
-  float factors[2];
-  const float maxima[2] = {*into.max, max};
-  exponentials(factors, maxima, 2, new_max, 1.0f);
-  *into.max = new_max;
-  *into.sum = *into.sum * factors[0] + sum * factors[1];
-  const Simd::F old_factor = Simd::set(factors[0]);
-  const Simd::F factor = Simd::set(factors[1]);
-  for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
-    const int64_t count = head_dim - d;
-    const Simd::F old = Simd::mul(Simd::load_partial(into.values + d, count), old_factor);
-    const Simd::F value = Simd::fma(Simd::load_partial(values + d, count), factor, old);
-    Simd::store_partial(into.values + d, value, count);
+  exponentials(old_factors, old_factors, queries, 0.0f, 1.0f);
+  exponentials(factors, factors, queries, 0.0f, 1.0f);
+  for (int64_t i = 0; i < queries; ++i) {
+    if (from.sum[i] == 0.0f) continue;
+    float* to = into.values + i * head_dim;
+    const float* values = from.values + i * head_dim;
+    if (into.sum[i] == 0.0f) {
+      into.max[i] = from.max[i];
+      into.sum[i] = from.sum[i];
+      for (int64_t d = 0; d < head_dim; ++d) to[d] = values[d];
+      continue;
+    }
+    into.max[i] = maxima[i];
+    into.sum[i] = into.sum[i] * old_factors[i] + from.sum[i] * factors[i];
+    const Simd::F old_factor = Simd::set(old_factors[i]);
+    const Simd::F factor = Simd::set(factors[i]);
+    for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
+      const int64_t count = head_dim - d;
+      const Simd::F old = Simd::mul(Simd::load_partial(to + d, count), old_factor);
+      const Simd::F value = Simd::fma(Simd::load_partial(values + d, count), factor, old);
+      Simd::store_partial(to + d, value, count);
+    }
   }
 }
 
@@ -143,7 +153,7 @@ class AttentionTile {
     }
     if (task_.ancestor_words > 0) score_ancestors();
 
-    for (int64_t i = 0; i < queries_; ++i) s_.total_sum[i] = 0.0f;
+    for (int64_t i = 0; i < queries_; ++i) s_.total_max[i] = s_.total_sum[i] = 0.0f;
     for (int64_t split = task_.first_split; split < task_.end_split; ++split) {
       if (split * kAttentionSplit >= longest_ && task_.partial == nullptr) break;
       run_split(split);
@@ -186,52 +196,61 @@ class AttentionTile {
   int64_t ancestor_count(int64_t r) const { return visible_[r] - task_.prefix_length[r]; }
 
   // Scores of every row's ancestors: all slots of the tile's ancestors are scored for all queries,
-  // block by block of the cache, and each row takes its own.
+  // block by block of the cache, and each row takes its own. Slots that follow the prefix in its
+  // last block wait for run_block(), which scores that block anyway.
   void score_ancestors() {
-    int64_t first = INT64_MAX;
-    int64_t end = 0;
+    first_slot_ = INT64_MAX;
+    end_slot_ = 0;
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = ancestor_count(r);
       if (count == 0) continue;
       const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
-      if (slots[0] < first) first = slots[0];
-      if (slots[count - 1] >= end) end = slots[count - 1] + 1;
+      if (slots[0] < first_slot_) first_slot_ = slots[0];
+      if (slots[count - 1] >= end_slot_) end_slot_ = slots[count - 1] + 1;
     }
-    while (first < end) {
-      const int64_t base = first / kKvBlock * kKvBlock;
-      const int64_t block_end = end < base + kKvBlock ? end : base + kKvBlock;
-      const int64_t column = (first - base) / kScoreWidth * kScoreWidth;
-      scores(base, column, block_end - base);
-      for (int64_t r = 0; r < task_.rows; ++r) {
-        const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
-        for (int64_t i = 0; i < ancestor_count(r); ++i) {
-          if (slots[i] < first || slots[i] >= block_end) continue;
-          for (int64_t h = 0; h < task_.heads; ++h) {
-            const int64_t query = r * task_.heads + h;
-            s_.ancestor_scores[query * kMaxAncestors + i] =
-                s_.scores[query * kKvBlock + slots[i] - base];
-          }
+    if (first_slot_ >= end_slot_) return;
+    int64_t base = first_slot_ / kKvBlock * kKvBlock;
+    if (base <= least_prefix_ && base / kAttentionSplit >= task_.first_split &&
+        base / kAttentionSplit < task_.end_split) {
+      waiting_base_ = base;
+      base += kKvBlock;
+    }
+    for (; base < end_slot_; base += kKvBlock) {
+      const int64_t first = first_slot_ > base ? first_slot_ - base : 0;
+      scores(base, first / kScoreWidth * kScoreWidth, clamp(end_slot_ - base));
+      take_ancestors(base);
+    }
+  }
+
+  // From the scores of the cache's block at slot `base`.
+  void take_ancestors(int64_t base) {
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
+      for (int64_t i = 0; i < ancestor_count(r); ++i) {
+        if (slots[i] < base || slots[i] >= base + kKvBlock) continue;
+        for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
+          s_.ancestor_scores[query * kMaxAncestors + i] =
+              s_.scores[query * kKvBlock + slots[i] - base];
         }
       }
-      first = block_end;
     }
   }
 
   void run_split(int64_t split) {
-    for (int64_t i = 0; i < queries_; ++i) s_.split_sum[i] = 0.0f;
+    for (int64_t i = 0; i < queries_; ++i) s_.split_max[i] = s_.split_sum[i] = 0.0f;
     const int64_t end = (split + 1) * kAttentionSplit;
     for (int64_t base = split * kAttentionSplit; base < end && base < longest_; base += kKvBlock) {
       run_block(base);
+    }
+    if (task_.partial == nullptr) {
+      merge({s_.total_max, s_.total_sum, s_.total}, {s_.split_max, s_.split_sum, s_.split},
+            queries_, task_.head_dim);
+      return;
     }
     for (int64_t r = 0; r < task_.rows; ++r) {
       for (int64_t h = 0; h < task_.heads; ++h) {
         const int64_t i = r * task_.heads + h;
         const float* values = s_.split + i * task_.head_dim;
-        if (task_.partial == nullptr) {
-          merge({s_.total_max + i, s_.total_sum + i, s_.total + i * task_.head_dim},
-                s_.split_max[i], s_.split_sum[i], values, task_.head_dim);
-          continue;
-        }
         float* to = task_.partial + r * task_.partial_row_stride + h * task_.partial_head_stride;
         for (int64_t d = 0; d < task_.head_dim; ++d) to[d] = values[d];
         to[task_.head_dim] = s_.split_max[i];
@@ -241,35 +260,38 @@ class AttentionTile {
   }
 
   void run_block(int64_t base) {
-    scores(base, 0, clamp(most_prefix_ - base));
+    if (base == waiting_base_) {
+      scores(base, 0, clamp((end_slot_ > most_prefix_ ? end_slot_ : most_prefix_) - base));
+      take_ancestors(base);
+    } else {
+      scores(base, 0, clamp(most_prefix_ - base));
+    }
     const int64_t head_dim = task_.head_dim;
+    // The values that all rows see are multiplied for all at once, and then each row's own. Without
+    // a tree what a row does not see has the weight 0.
+    const int64_t shared = clamp((task_.ancestor_words > 0 ? least_prefix_ : most_prefix_) - base);
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
-      if (count == 0) continue;
       const int64_t prefix = task_.prefix_length[r];
       for (int64_t h = 0; h < task_.heads; ++h) {
         const int64_t query = r * task_.heads + h;
+        float* score = s_.scores + query * kKvBlock;
+        const float* ancestors = s_.ancestor_scores + query * kMaxAncestors;
         for (int64_t j = clamp(prefix - base); j < count; ++j) {
-          s_.scores[query * kKvBlock + j] =
-              s_.ancestor_scores[query * kMaxAncestors + base + j - prefix];
+          score[j] = ancestors[base + j - prefix];
         }
         softmax(query, count);
+        for (int64_t j = count; j < shared; ++j) score[j] = 0.0f;
       }
     }
-    // The values that all rows see, and then each row's own.
-    const int64_t shared = clamp(least_prefix_ - base);
     product(s_.scores, kKvBlock, queries_, task_.values + base * head_dim, head_dim, shared,
             head_dim, s_.block, head_dim);
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
-      if (count == 0) continue;
       if (count > shared) weigh_own(r, base, shared, count);
-      for (int64_t h = 0; h < task_.heads; ++h) {
-        const int64_t i = r * task_.heads + h;
-        merge({s_.split_max + i, s_.split_sum + i, s_.split + i * head_dim}, s_.block_max[i],
-              s_.block_sum[i], s_.block + i * head_dim, head_dim);
-      }
     }
+    merge({s_.split_max, s_.split_sum, s_.split}, {s_.block_max, s_.block_sum, s_.block}, queries_,
+          head_dim);
   }
 
   static int64_t clamp(int64_t count) {
@@ -288,10 +310,19 @@ class AttentionTile {
   // Scores to weights exp(score - max), with their sum: lanes by position.
   void softmax(int64_t query, int64_t count) {
     float* score = s_.scores + query * kKvBlock;
-    const float max = maximum(score, count);
-    exponentials(score, score, count, max, 1.0f);
+    const float max = count > 0 ? maximum(score, count) : 0.0f;
+    const Simd::F maxima = Simd::set(max);
     Simd::F sum = Simd::zero();
-    for (int64_t i = 0; i < count; i += Simd::kLanes) {
+    int64_t i = 0;
+    for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
+      const Simd::F weight = exponential(Simd::sub(Simd::load(score + i), maxima));
+      Simd::store(score + i, weight);
+      sum = Simd::add(sum, weight);
+    }
+    if (i < count) {
+      const Simd::F weight =
+          exponential(Simd::sub(Simd::load_partial(score + i, count - i), maxima));
+      Simd::store_partial(score + i, weight, count - i);
       sum = Simd::add(sum, Simd::load_partial(score + i, count - i));
     }
     s_.block_max[query] = max;
@@ -332,17 +363,20 @@ class AttentionTile {
   int64_t least_prefix_;
   int64_t most_prefix_;
   int64_t longest_;
+  int64_t first_slot_;  // of all ancestors
+  int64_t end_slot_;
+  int64_t waiting_base_ = -1;  // of the block whose ancestors' scores run_block() takes, if any
 };
 
 inline void attention(const AttentionTask& task) { AttentionTile(task).run(); }
 
-inline void merge_splits(float* out, const float* partial, int64_t splits, int64_t stride,
+inline void merge_splits(float* out, float* partial, int64_t splits, int64_t stride,
                          int64_t head_dim, float* scratch) {
   float max = 0.0f;
   float sum = 0.0f;
   for (int64_t i = 0; i < splits; ++i) {
-    const float* from = partial + i * stride;
-    merge({&max, &sum, scratch}, from[head_dim], from[head_dim + 1], from, head_dim);
+    float* from = partial + i * stride;
+    merge({&max, &sum, scratch}, {from + head_dim, from + head_dim + 1, from}, 1, head_dim);
   }
   write_out(out, scratch, sum, head_dim);
 }

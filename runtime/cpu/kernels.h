@@ -127,8 +127,8 @@ struct Kernels {
 
   void (*attention)(const AttentionTask& task);
   // out[D] from the partial results [splits, D + 2] of one query head.
-  void (*merge_splits)(float* out, const float* partial, int64_t splits, int64_t stride,
-                       int64_t head_dim, float* scratch);
+  void (*merge_splits)(float* out, float* partial, int64_t splits, int64_t stride, int64_t head_dim,
+                       float* scratch);
 
   // The largest of x [count] without regard to NaN; -inf if there is none.
   float (*maximum)(const float* x, int64_t count);

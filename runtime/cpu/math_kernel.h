@@ -43,6 +43,10 @@ inline float maximum(const float* x, int64_t count) {
   for (; i + Simd::kLanes <= count; i += Simd::kLanes) {
     best[0] = Simd::max(Simd::load(x + i), best[0]);
   }
+  if (i < count && count >= Simd::kLanes) {  // some for the second time
+    best[1] = Simd::max(Simd::load(x + count - Simd::kLanes), best[1]);
+    i = count;
+  }
   float result = Simd::maximum(Simd::max(Simd::max(best[0], best[1]), Simd::max(best[2], best[3])));
   for (; i < count; ++i) result = x[i] > result ? x[i] : result;
   return result;

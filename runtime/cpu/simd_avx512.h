@@ -55,18 +55,16 @@ struct Simd {
     return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
   }
   static FRSPEC_INLINE float sum(F v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    }
-    return lanes[0];
+    const __m256 eight = _mm256_add_ps(lower(v), upper(v));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
   static FRSPEC_INLINE float maximum(F v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    return lanes[0];
+    const __m256 eight = _mm256_max_ps(lower(v), upper(v));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
 
   static FRSPEC_INLINE void load_bf16(const void* p, F& low, F& high) {
@@ -77,6 +75,11 @@ struct Simd {
   }
   static FRSPEC_INLINE F load_f16(const void* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+
+  static FRSPEC_INLINE __m256 lower(F v) { return _mm512_castps512_ps256(v); }
+  static FRSPEC_INLINE __m256 upper(F v) {
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
   }
 
   static FRSPEC_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }

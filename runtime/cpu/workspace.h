@@ -15,7 +15,7 @@ inline int64_t accumulator_count(int64_t rows, const Kernels& kernels) {
   return 2 * kernels.panel * std::max(rows, kernels.row_panels);
 }
 // Up to this many rows attention may be cut into splits, whose partial results need memory.
-constexpr int64_t kSplitRows = 8;
+constexpr int64_t kSplitRows = 16;
 // Rows of topk_logprobs that are in flight at once.
 constexpr int64_t kTopkRows = 64;
 
