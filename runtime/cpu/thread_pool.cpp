@@ -41,6 +41,12 @@ bool spin_until(const Ready& ready) {
   return false;
 }
 
+// The first item of a share: shares are whole grains, as even as can be.
+int64_t share_begin(int64_t share, int64_t shares, int64_t count, int64_t grain) {
+  const int64_t grains = (count + grain - 1) / grain;
+  return std::min(count, grains * share / shares * grain);
+}
+
 // CPUs that the quota of the process's cgroups allows, rounded up; a large number without a quota.
 int quota_threads() {
   int allowed = 1 << 16;
@@ -73,7 +79,9 @@ int usable_threads() {
   return std::min(count, quota_threads());
 }
 
-ThreadPool::ThreadPool(int threads) : oversubscribed_(threads > usable_threads()) {
+ThreadPool::ThreadPool(int threads)
+    : shares_(std::make_unique<Share[]>(static_cast<size_t>(threads))),
+      oversubscribed_(threads > usable_threads()) {
   try {
     workers_.reserve(static_cast<size_t>(threads - 1));
     for (int thread = 1; thread < threads; ++thread) {
@@ -104,13 +112,19 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
   const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
   // Closed first: a worker that is late for the last region may read a mixture of the two jobs, and
   // must then fail to take a chunk.
-  state_.store((uint64_t{region} << 32) | kNoItem);
+  for (int share = 0; share < threads(); ++share) {
+    shares_[share].state.store((uint64_t{region} << 32) | kNoItem);
+  }
+  grain = std::max<int64_t>(grain, 1);
   job_count_.store(count, std::memory_order_release);
-  job_grain_.store(std::max<int64_t>(grain, 1), std::memory_order_release);
+  job_grain_.store(grain, std::memory_order_release);
   job_invoke_.store(invoke, std::memory_order_release);
   job_context_.store(context, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
-  state_.store(uint64_t{region} << 32, std::memory_order_release);
+  for (int share = 0; share < threads(); ++share) {
+    const auto begin = static_cast<uint64_t>(share_begin(share, threads(), count, grain));
+    shares_[share].state.store((uint64_t{region} << 32) | begin, std::memory_order_release);
+  }
   region_.store(region);
   // Either this sees the sleeper, or the sleeper sees the new region before it sleeps.
   if (sleepers_.load() > 0) region_.notify_all();
@@ -123,25 +137,37 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
 }
 
 void ThreadPool::work(int thread) {
-  uint64_t state = state_.load(std::memory_order_acquire);
-  const uint64_t region = state >> 32;
-  const int64_t parts = std::max(1, 3 * threads() / 2);
+  const uint64_t region = shares_[thread].state.load(std::memory_order_acquire) >> 32;
+  int64_t done = 0;
+  for (int i = 0; i < threads(); ++i) {
+    done += work_on_share(region, (thread + i) % threads(), thread);
+  }
+  if (done > 0) done_.fetch_add(done, std::memory_order_release);
+}
+
+// Takes chunks of a share until there are none; returns the number of items done.
+int64_t ThreadPool::work_on_share(uint64_t region, int share, int thread) {
+  std::atomic<uint64_t>& shared_state = shares_[share].state;
+  uint64_t state = shared_state.load(std::memory_order_acquire);
+  int64_t done = 0;
   for (;;) {
     const int64_t count = job_count_.load(std::memory_order_acquire);
     const int64_t grain = job_grain_.load(std::memory_order_acquire);
     const Invoke invoke = job_invoke_.load(std::memory_order_acquire);
     const void* context = job_context_.load(std::memory_order_acquire);
     const int64_t begin = static_cast<int64_t>(state & 0xffffffffu);
-    if (state >> 32 != region || begin >= count) return;
-    const int64_t size = std::min(count - begin, std::max(grain, (count - begin) / parts));
+    const int64_t left = share_begin(share + 1, threads(), count, grain) - begin;
+    if (state >> 32 != region || left <= 0) return done;
+    int64_t size = std::max(grain, (left + 1) / 2);
+    if (left - size < grain) size = left;
     // Failure re-reads the state; success proves that the job was read from this region.
-    if (!state_.compare_exchange_weak(state, state + static_cast<uint64_t>(size),
-                                      std::memory_order_acq_rel, std::memory_order_acquire)) {
+    if (!shared_state.compare_exchange_weak(state, state + static_cast<uint64_t>(size),
+                                            std::memory_order_acq_rel, std::memory_order_acquire)) {
       continue;
     }
     invoke(context, begin, begin + size, thread);
-    done_.fetch_add(size, std::memory_order_release);
-    state = state_.load(std::memory_order_acquire);
+    done += size;
+    state = shared_state.load(std::memory_order_acquire);
   }
 }
 

@@ -1,14 +1,16 @@
 // A fixed pool: the caller and threads - 1 workers share the items of a parallel region.
 //
-// Items are handed out in chunks that shrink towards the end of the region (guided scheduling), so
-// that on a shared machine one slow thread does not hold up the others. A worker that has not woken
-// when the others finish is not waited for. A region allocates nothing and costs about a
-// microsecond while the workers are awake; idle workers spin for some tens of microseconds and then
-// sleep.
+// Every thread has a share of the items, the same for the same number of items, so that it finds in
+// its caches what it wrote in an earlier region. It takes its share in chunks that shrink, and then
+// helps the others with theirs, so that on a shared machine one slow thread does not hold up the
+// rest. A worker that has not woken when the others finish is not waited for. A region allocates
+// nothing and costs about a microsecond while the workers are awake; idle workers spin for some
+// tens of microseconds and then sleep.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -47,14 +49,19 @@ class ThreadPool {
  private:
   using Invoke = void (*)(const void* context, int64_t begin, int64_t end, int thread);
 
+  // The region's number in the upper half, the next item to hand out in the lower: taking a chunk
+  // checks in the same step that the region is still the one whose job_* were read.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> state{0};
+  };
+
   void run(int64_t count, int64_t grain, Invoke invoke, const void* context);
   void work(int thread);
+  int64_t work_on_share(uint64_t region, int share, int thread);
   void worker_loop(int thread);
   void stop();
 
-  // The region's number in the upper half, the next item to hand out in the lower: taking a chunk
-  // checks in the same step that the region is still the one whose job_* were read.
-  alignas(64) std::atomic<uint64_t> state_{0};
+  std::unique_ptr<Share[]> shares_;              // [threads]
   alignas(64) std::atomic<uint32_t> region_{0};  // what idle workers watch and sleep on
   alignas(64) std::atomic<int64_t> done_{0};     // items finished
   alignas(64) std::atomic<int> sleepers_{0};
