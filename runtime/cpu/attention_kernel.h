@@ -137,7 +137,7 @@ inline void write_out(float* out, const float* values, float sum, int64_t head_d
 
 class AttentionTile {
  public:
-  explicit AttentionTile(const AttentionTask& task) : task_(task), s_(*task.scratch) {}
+  explicit AttentionTile(const AttentionTask& task) : task_(task), s_(task.scratch->any) {}
 
   void run() {
     queries_ = task_.rows * task_.heads;

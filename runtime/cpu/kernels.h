@@ -22,7 +22,8 @@ struct PanelLayout {
   int64_t column[kMaxPanel];
 };
 
-// accumulators[p, r, j] = sum over k ascending of x[r, k] weight[p P + j, k], for every panel p.
+// accumulators[p, r, j] = (accumulators[p, r, j] +) sum over k ascending of x[r, k] weight[p P + j,
+// k], for every panel p.
 struct MultiplyTask {
   const void* weights;  // the first panel
   int64_t panel_bytes;
@@ -32,6 +33,7 @@ struct MultiplyTask {
   int64_t rows;
   int64_t depth;
   float* accumulators;  // [panels, rows, P]
+  bool adds = false;    // to what the accumulators hold
 };
 
 // out[r, j] = accumulators[r, j] (+ bias[j]) (+ residual[r, j]) for j < cols <= P.
@@ -81,6 +83,21 @@ struct AttentionScratch {
   float total_max[kAttentionQueries], total_sum[kAttentionQueries];
 };
 
+// Scratch of one thread for a prompt's rows; bf16 by pairs in 32-bit units.
+struct PromptAttentionScratch {
+  float q[kAttentionQueries * kMaxHeadDim / 2];
+  float packed[kKvBlock * kMaxHeadDim / 2];  // keys or values of a block
+  float scores[kAttentionQueries * kKvBlock];
+  float weights[kAttentionQueries * kKvBlock / 2];
+  float total[kAttentionQueries * kMaxHeadDim];
+  float max[kAttentionQueries], sum[kAttentionQueries], factors[kAttentionQueries];
+};
+
+union AnyAttentionScratch {
+  AttentionScratch any;
+  PromptAttentionScratch prompt;
+};
+
 // The rows of a tile and the query heads of one key/value head.
 struct AttentionTask {
   float* out;  // of the first row and query head
@@ -103,7 +120,7 @@ struct AttentionTask {
   float* partial;
   int64_t partial_row_stride;
   int64_t partial_head_stride;
-  AttentionScratch* scratch;
+  AnyAttentionScratch* scratch;
 };
 
 struct Kernels {
@@ -126,6 +143,8 @@ struct Kernels {
                  int64_t half);
 
   void (*attention)(const AttentionTask& task);
+  // The same less exactly for a prompt's rows, without ancestors and splits; or null.
+  void (*prompt_attention)(const AttentionTask& task);
   // out[D] from the partial results [splits, D + 2] of one query head.
   void (*merge_splits)(float* out, float* partial, int64_t splits, int64_t stride, int64_t head_dim,
                        float* scratch);

@@ -6,6 +6,7 @@
 // The kernels over these vectors.
 #include "cpu/bf16_pairs_kernel.h"
 #include "cpu/kernel_table.h"
+#include "cpu/prompt_attention_kernel.h"
 
 namespace frspec::cpu {
 namespace FRSPEC_ISA {
@@ -16,6 +17,7 @@ constexpr Kernels make_pairs_table(const char* name) {
   table.multiply[2] = multiply<BF16PairWeights>;
   table.prepares_rows[2] = true;
   table.prepare_row = prepare_row;
+  table.prompt_attention = prompt_attention;
   return table;
 }
 
