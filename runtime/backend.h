@@ -61,9 +61,10 @@ struct KvLayer {
   void* keys = nullptr;
   void* values = nullptr;
   DType dtype = DType::kF32;
-  int64_t heads = 0;     // K
-  int64_t slots = 0;     // C, a multiple of kKvSlotMultiple
-  int64_t head_dim = 0;  // D
+  int64_t heads = 0;                 // K
+  int64_t slots = 0;                 // C, a multiple of kKvSlotMultiple
+  int64_t head_dim = 0;              // D
+  DType weight_dtype = DType::kF32;  // the model's: attention may round to it
 };
 
 // What each row of a pass may attend to: the slots [0, prefix_length[i]), in order, and then, if

@@ -18,7 +18,7 @@ struct KvCache {
   int64_t length = 0;  // committed tokens
 
   void layout(Arena& arena, const char* plan_name, const ModelConfig& config, DType dtype,
-              int64_t slots) {
+              DType weight_dtype, int64_t slots) {
     layers.resize(static_cast<size_t>(config.num_layers));
     slots = (slots + kKvSlotMultiple - 1) / kKvSlotMultiple * kKvSlotMultiple;
     const size_t bytes =
@@ -29,7 +29,8 @@ struct KvCache {
                dtype,
                config.num_kv_heads,
                slots,
-               config.head_dim};
+               config.head_dim,
+               weight_dtype};
     }
   }
 };

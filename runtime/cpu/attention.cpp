@@ -11,7 +11,7 @@
 namespace frspec::cpu {
 
 void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
-                           const Visible& visible, Rows kind) {
+                           const Visible& visible, Rows) {
   const int64_t rows = q.rows;
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;
@@ -44,16 +44,16 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   const int64_t max_splits =
       std::max<int64_t>(1, (visible.max_length + kAttentionSplit - 1) / kAttentionSplit);
   const int64_t partial = head_dim + 2;
-  const bool prompt =
-      kind == Rows::kPrompt && kernels_.prompt_attention != nullptr && visible.ancestor_words == 0;
-  const auto attention = prompt ? kernels_.prompt_attention : kernels_.attention;
-  const bool splits = !prompt && pool_.threads() > 1 && max_splits > 1 &&
+  const bool splits = pool_.threads() > 1 && max_splits > 1 &&
                       rows * query_heads * max_splits * partial <= split_partials_size_;
   const int64_t split_tasks = splits ? max_splits : 1;
   const int64_t tile = std::clamp<int64_t>(rows * kv.heads * split_tasks / wanted_tasks, 1,
                                            kAttentionQueries / heads);
   const int64_t tiles = (rows + tile - 1) / tile;
 
+  const auto attention = kv.weight_dtype == DType::kBF16 && kernels_.bf16_attention != nullptr
+                             ? kernels_.bf16_attention
+                             : kernels_.attention;
   pool_.parallel_for(
       tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i) {
@@ -96,7 +96,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
     for (int64_t i = begin; i < end; ++i) {
       kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
                             split_partials_ + i * max_splits * partial, max_splits, partial,
-                            head_dim, attention_scratch_[thread].any.block);
+                            head_dim, attention_scratch_[thread].fp32.block);
     }
   });
 }

@@ -11,6 +11,7 @@
 // of them at once; each row's own positions follow.
 #pragma once
 
+#include "cpu/attention_rows.h"
 #include "cpu/math_kernel.h"
 #include "cpu/multiply_tile.h"
 
@@ -135,40 +136,49 @@ inline void write_out(float* out, const float* values, float sum, int64_t head_d
   for (int64_t d = 0; d < head_dim; ++d) out[d] = values[d] * inverse;
 }
 
-class AttentionTile {
+inline void write_rows(const AttentionTask& task, const float* values, const float* sums) {
+  for (int64_t r = 0; r < task.rows; ++r) {
+    for (int64_t h = 0; h < task.heads; ++h) {
+      const int64_t i = r * task.heads + h;
+      write_out(task.out + r * task.out_stride + h * task.head_dim, values + i * task.head_dim,
+                sums[i], task.head_dim);
+    }
+  }
+}
+
+// One split's states to where merge_splits() finds them.
+inline void write_partials(const AttentionTask& task, const Partials& partials) {
+  for (int64_t r = 0; r < task.rows; ++r) {
+    for (int64_t h = 0; h < task.heads; ++h) {
+      const int64_t i = r * task.heads + h;
+      float* to = task.partial + r * task.partial_row_stride + h * task.partial_head_stride;
+      for (int64_t d = 0; d < task.head_dim; ++d) to[d] = partials.values[i * task.head_dim + d];
+      to[task.head_dim] = partials.max[i];
+      to[task.head_dim + 1] = partials.sum[i];
+    }
+  }
+}
+
+class AttentionTile : private AttentionRows<AttentionTile> {
  public:
-  explicit AttentionTile(const AttentionTask& task) : task_(task), s_(task.scratch->any) {}
+  explicit AttentionTile(const AttentionTask& task)
+      : AttentionRows(task, task.scratch->fp32.ancestor_slots, task.scratch->fp32.ancestor_scores),
+        s_(task.scratch->fp32) {}
 
   void run() {
-    queries_ = task_.rows * task_.heads;
     scale_queries();
-    least_prefix_ = most_prefix_ = task_.prefix_length[0];
-    longest_ = 0;
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      const int64_t prefix = task_.prefix_length[r];
-      if (prefix < least_prefix_) least_prefix_ = prefix;
-      if (prefix > most_prefix_) most_prefix_ = prefix;
-      visible_[r] = prefix + list_ancestors(r);
-      if (visible_[r] > longest_) longest_ = visible_[r];
-    }
-    if (task_.ancestor_words > 0) score_ancestors();
-
+    score_ancestors();
     for (int64_t i = 0; i < queries_; ++i) s_.total_max[i] = s_.total_sum[i] = 0.0f;
     for (int64_t split = task_.first_split; split < task_.end_split; ++split) {
       if (split * kAttentionSplit >= longest_ && task_.partial == nullptr) break;
       run_split(split);
     }
-    if (task_.partial != nullptr) return;
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      for (int64_t h = 0; h < task_.heads; ++h) {
-        const int64_t i = r * task_.heads + h;
-        write_out(task_.out + r * task_.out_stride + h * task_.head_dim,
-                  s_.total + i * task_.head_dim, s_.total_sum[i], task_.head_dim);
-      }
-    }
+    if (task_.partial == nullptr) write_rows(task_, s_.total, s_.total_sum);
   }
 
  private:
+  friend class AttentionRows<AttentionTile>;
+
   void scale_queries() {
     const Simd::F scale = Simd::set(task_.scale);
     const int64_t width = task_.heads * task_.head_dim;
@@ -180,108 +190,29 @@ class AttentionTile {
     }
   }
 
-  // The slots of row r's ancestors, root first; returns how many there are.
-  int64_t list_ancestors(int64_t r) {
-    int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
-    int64_t count = 0;
-    for (int64_t word = 0; word < task_.ancestor_words; ++word) {
-      uint64_t bits = task_.ancestors[r * task_.ancestor_words + word];
-      for (; bits != 0; bits &= bits - 1) {
-        slots[count++] = static_cast<int32_t>(task_.tree_base + word * 64 + __builtin_ctzll(bits));
-      }
-    }
-    return count;
-  }
-
-  int64_t ancestor_count(int64_t r) const { return visible_[r] - task_.prefix_length[r]; }
-
-  // Scores of every row's ancestors: all slots of the tile's ancestors are scored for all queries,
-  // block by block of the cache, and each row takes its own. Slots that follow the prefix in its
-  // last block wait for run_block(), which scores that block anyway.
-  void score_ancestors() {
-    first_slot_ = INT64_MAX;
-    end_slot_ = 0;
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      const int64_t count = ancestor_count(r);
-      if (count == 0) continue;
-      const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
-      if (slots[0] < first_slot_) first_slot_ = slots[0];
-      if (slots[count - 1] >= end_slot_) end_slot_ = slots[count - 1] + 1;
-    }
-    if (first_slot_ >= end_slot_) return;
-    int64_t base = first_slot_ / kKvBlock * kKvBlock;
-    if (base <= least_prefix_ && base / kAttentionSplit >= task_.first_split &&
-        base / kAttentionSplit < task_.end_split) {
-      waiting_base_ = base;
-      base += kKvBlock;
-    }
-    for (; base < end_slot_; base += kKvBlock) {
-      const int64_t first = first_slot_ > base ? first_slot_ - base : 0;
-      scores(base, first / kScoreWidth * kScoreWidth, clamp(end_slot_ - base));
-      take_ancestors(base);
-    }
-  }
-
-  // From the scores of the cache's block at slot `base`.
-  void take_ancestors(int64_t base) {
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      const int32_t* slots = s_.ancestor_slots + r * kMaxAncestors;
-      for (int64_t i = 0; i < ancestor_count(r); ++i) {
-        if (slots[i] < base || slots[i] >= base + kKvBlock) continue;
-        for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
-          s_.ancestor_scores[query * kMaxAncestors + i] =
-              s_.scores[query * kKvBlock + slots[i] - base];
-        }
-      }
-    }
-  }
-
   void run_split(int64_t split) {
     for (int64_t i = 0; i < queries_; ++i) s_.split_max[i] = s_.split_sum[i] = 0.0f;
     const int64_t end = (split + 1) * kAttentionSplit;
     for (int64_t base = split * kAttentionSplit; base < end && base < longest_; base += kKvBlock) {
       run_block(base);
     }
+    const Partials partials{s_.split_max, s_.split_sum, s_.split};
     if (task_.partial == nullptr) {
-      merge({s_.total_max, s_.total_sum, s_.total}, {s_.split_max, s_.split_sum, s_.split},
-            queries_, task_.head_dim);
-      return;
-    }
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      for (int64_t h = 0; h < task_.heads; ++h) {
-        const int64_t i = r * task_.heads + h;
-        const float* values = s_.split + i * task_.head_dim;
-        float* to = task_.partial + r * task_.partial_row_stride + h * task_.partial_head_stride;
-        for (int64_t d = 0; d < task_.head_dim; ++d) to[d] = values[d];
-        to[task_.head_dim] = s_.split_max[i];
-        to[task_.head_dim + 1] = s_.split_sum[i];
-      }
+      merge({s_.total_max, s_.total_sum, s_.total}, partials, queries_, task_.head_dim);
+    } else {
+      write_partials(task_, partials);
     }
   }
 
   void run_block(int64_t base) {
-    if (base == waiting_base_) {
-      scores(base, 0, clamp((end_slot_ > most_prefix_ ? end_slot_ : most_prefix_) - base));
-      take_ancestors(base);
-    } else {
-      scores(base, 0, clamp(most_prefix_ - base));
-    }
+    score_block(base);
+    // The values that all rows see are multiplied for all at once, and then each row's own.
     const int64_t head_dim = task_.head_dim;
-    // The values that all rows see are multiplied for all at once, and then each row's own. Without
-    // a tree what a row does not see has the weight 0.
-    const int64_t shared = clamp((task_.ancestor_words > 0 ? least_prefix_ : most_prefix_) - base);
+    const int64_t shared = clamp(least_prefix_ - base);
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
-      const int64_t prefix = task_.prefix_length[r];
-      for (int64_t h = 0; h < task_.heads; ++h) {
-        const int64_t query = r * task_.heads + h;
-        float* score = s_.scores + query * kKvBlock;
-        const float* ancestors = s_.ancestor_scores + query * kMaxAncestors;
-        for (int64_t j = clamp(prefix - base); j < count; ++j) {
-          score[j] = ancestors[base + j - prefix];
-        }
+      for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
         softmax(query, count);
-        for (int64_t j = count; j < shared; ++j) score[j] = 0.0f;
       }
     }
     product(s_.scores, kKvBlock, queries_, task_.values + base * head_dim, head_dim, shared,
@@ -294,18 +225,14 @@ class AttentionTile {
           head_dim);
   }
 
-  static int64_t clamp(int64_t count) {
-    if (count < 0) return 0;
-    return count < kKvBlock ? count : kKvBlock;
-  }
-
-  // Scores of all queries with the cache's block at slot `base`, columns first ... end - 1 and some
-  // behind them; first is a multiple of kScoreWidth.
-  void scores(int64_t base, int64_t first, int64_t end) {
+  void score_slots(int64_t base, int64_t first, int64_t end) {
+    first = first / kScoreWidth * kScoreWidth;
     const int64_t columns = (end - first + kScoreWidth - 1) / kScoreWidth * kScoreWidth;
     product(s_.q, task_.head_dim, queries_, task_.keys + base * task_.head_dim + first, kKvBlock,
             task_.head_dim, columns, s_.scores + first, kKvBlock);
   }
+
+  float* score_at(int64_t query, int64_t column) { return s_.scores + query * kKvBlock + column; }
 
   // Scores to weights exp(score - max), with their sum: lanes by position.
   void softmax(int64_t query, int64_t count) {
@@ -332,14 +259,8 @@ class AttentionTile {
   // Adds the weighted values of positions first ... end - 1 of the block to row r's sums.
   void weigh_own(int64_t r, int64_t base, int64_t first, int64_t end) {
     const int64_t head_dim = task_.head_dim;
-    const int64_t prefix = task_.prefix_length[r];
     const float* rows[kKvBlock];
-    for (int64_t j = first; j < end; ++j) {
-      const int64_t position = base + j;
-      const int64_t slot =
-          position < prefix ? position : s_.ancestor_slots[r * kMaxAncestors + position - prefix];
-      rows[j] = task_.values + slot * head_dim;
-    }
+    for (int64_t j = first; j < end; ++j) rows[j] = values_at(r, base + j);
     for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
       const float* weights = s_.scores + query * kKvBlock;
       for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
@@ -356,16 +277,7 @@ class AttentionTile {
 
   static constexpr int64_t kScoreWidth = 2 * Simd::kLanes;
 
-  const AttentionTask& task_;
   AttentionScratch& s_;
-  int64_t queries_;
-  int64_t visible_[kAttentionQueries];
-  int64_t least_prefix_;
-  int64_t most_prefix_;
-  int64_t longest_;
-  int64_t first_slot_;  // of all ancestors
-  int64_t end_slot_;
-  int64_t waiting_base_ = -1;  // of the block whose ancestors' scores run_block() takes, if any
 };
 
 inline void attention(const AttentionTask& task) { AttentionTile(task).run(); }

@@ -83,19 +83,25 @@ struct AttentionScratch {
   float total_max[kAttentionQueries], total_sum[kAttentionQueries];
 };
 
-// Scratch of one thread for a prompt's rows; bf16 by pairs in 32-bit units.
-struct PromptAttentionScratch {
+// Scratch of one thread for models in bf16; bf16 by pairs in 32-bit units.
+struct BF16AttentionScratch {
   float q[kAttentionQueries * kMaxHeadDim / 2];
-  float packed[kKvBlock * kMaxHeadDim / 2];  // keys or values of a block
-  float scores[kAttentionQueries * kKvBlock];
+  float packed[kKvBlock * kMaxHeadDim / 2];    // keys or values of a block
+  float scores[kAttentionQueries * kKvBlock];  // [panels of slots, queries, 32]
   float weights[kAttentionQueries * kKvBlock / 2];
+  float ancestor_scores[kAttentionQueries * kMaxAncestors];
+  int32_t ancestor_slots[kAttentionQueries * kMaxAncestors];
+  float sums[kAttentionQueries * kMaxHeadDim];  // of a split [panels of D, queries, 32]
+  float split[kAttentionQueries * kMaxHeadDim];
   float total[kAttentionQueries * kMaxHeadDim];
-  float max[kAttentionQueries], sum[kAttentionQueries], factors[kAttentionQueries];
+  float factors[kAttentionQueries];
+  float split_max[kAttentionQueries], split_sum[kAttentionQueries];
+  float total_max[kAttentionQueries], total_sum[kAttentionQueries];
 };
 
 union AnyAttentionScratch {
-  AttentionScratch any;
-  PromptAttentionScratch prompt;
+  AttentionScratch fp32;
+  BF16AttentionScratch bf16;
 };
 
 // The rows of a tile and the query heads of one key/value head.
@@ -143,8 +149,8 @@ struct Kernels {
                  int64_t half);
 
   void (*attention)(const AttentionTask& task);
-  // The same less exactly for a prompt's rows, without ancestors and splits; or null.
-  void (*prompt_attention)(const AttentionTask& task);
+  // The same for models in bf16, or null: then attention() is for them, too.
+  void (*bf16_attention)(const AttentionTask& task);
   // out[D] from the partial results [splits, D + 2] of one query head.
   void (*merge_splits)(float* out, float* partial, int64_t splits, int64_t stride, int64_t head_dim,
                        float* scratch);

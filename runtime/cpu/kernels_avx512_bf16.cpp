@@ -4,9 +4,9 @@
 
 #include "cpu/simd_avx512.h"
 // The kernels over these vectors.
+#include "cpu/bf16_attention_kernel.h"
 #include "cpu/bf16_pairs_kernel.h"
 #include "cpu/kernel_table.h"
-#include "cpu/prompt_attention_kernel.h"
 
 namespace frspec::cpu {
 namespace FRSPEC_ISA {
@@ -17,7 +17,7 @@ constexpr Kernels make_pairs_table(const char* name) {
   table.multiply[2] = multiply<BF16PairWeights>;
   table.prepares_rows[2] = true;
   table.prepare_row = prepare_row;
-  table.prompt_attention = prompt_attention;
+  table.bf16_attention = bf16_attention;
   return table;
 }
 

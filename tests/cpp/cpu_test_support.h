@@ -99,9 +99,11 @@ class TestKv {
       std::copy_n(value(h, from), head_dim_, value(h, to));
     }
   }
-  KvLayer pack() {
+  KvLayer pack(DType weight_dtype = DType::kF32) {
     for_each_key([](float& key, float& packed) { packed = key; });
-    return layer();
+    KvLayer packed = layer();
+    packed.weight_dtype = weight_dtype;
+    return packed;
   }
   // What an op has written to the layer.
   void unpack() {

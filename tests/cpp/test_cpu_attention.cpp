@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "attention_reference.h"
 #include "cpu_test_support.h"
@@ -27,6 +29,18 @@ WorkspaceLimits limits_for(const Shape& shape, int64_t rows, int64_t visible) {
   return limits;
 }
 
+// The kernels with models in fp32, and in bf16 where that makes a difference.
+std::vector<std::pair<const Kernels*, DType>> variants() {
+  std::vector<std::pair<const Kernels*, DType>> result;
+  for (const Kernels* kernels : all_kernels()) {
+    result.emplace_back(kernels, DType::kF32);
+    if (kernels->bf16_attention != nullptr) result.emplace_back(kernels, DType::kBF16);
+  }
+  return result;
+}
+
+double tolerance(DType weights) { return weights == DType::kBF16 ? 2e-2 : 2e-5; }
+
 double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View& view,
                    const Shape& shape) {
   double worst = 0;
@@ -40,8 +54,9 @@ double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View
 }  // namespace
 
 TEST_CASE("attention over a prefix equals the double-precision formula") {
-  for (const Kernels* kernels : all_kernels()) {
+  for (const auto& [kernels, weights] : variants()) {
     CAPTURE(kernels->name);
+    CAPTURE(weights);
     for (const Shape& shape : kShapes) {
       CAPTURE(shape.head_dim);
       TestBackend backend(*kernels, 2, limits_for(shape, 80, 1400));
@@ -54,16 +69,10 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
           View view;
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols(), 1);
-          backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
           CAPTURE(n);
           CAPTURE(before);
-          CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
-          // A prompt's rows may be rounded to bf16.
-          Matrix prompt(n, q.cols(), 1);
-          backend->attention(prompt.tensor(), q.tensor(), cache.pack(), view.visible(),
-                             Rows::kPrompt);
-          CHECK(worst_error(prompt, q, cache, view, shape) <
-                (kernels->prompt_attention == nullptr ? 2e-5 : 2e-2));
+          CHECK(worst_error(out, q, cache, view, shape) < tolerance(weights));
         }
       }
     }
@@ -71,8 +80,9 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
 }
 
 TEST_CASE("attention over trees of any size equals the double-precision formula") {
-  for (const Kernels* kernels : all_kernels()) {
+  for (const auto& [kernels, weights] : variants()) {
     CAPTURE(kernels->name);
+    CAPTURE(weights);
     for (const Shape& shape : kShapes) {
       TestBackend backend(*kernels, 2, limits_for(shape, 100, 1000));
       for (const int64_t nodes : {1, 59, 63, 64, 65, 100}) {
@@ -85,10 +95,10 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
           view.tree_base = base;
           for (const auto& path : random_paths(nodes, random)) view.add(base, path);
           Matrix out(nodes, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
           CAPTURE(nodes);
           CAPTURE(base);
-          CHECK(worst_error(out, q, cache, view, shape) < 2e-5);
+          CHECK(worst_error(out, q, cache, view, shape) < tolerance(weights));
         }
       }
     }
@@ -96,8 +106,9 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
 }
 
 TEST_CASE("a row of attention has the same bits alone and among others, for every thread count") {
-  for (const Kernels* kernels : all_kernels()) {
+  for (const auto& [kernels, weights] : variants()) {
     CAPTURE(kernels->name);
+    CAPTURE(weights);
     for (const Shape& shape : {kShapes[1], kShapes[2], kShapes[4]}) {
       constexpr int32_t kBase = 1270;
       constexpr int64_t kNodes = 70;
@@ -115,7 +126,7 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
             view.tree_base = kBase;
             for (int64_t r = 0; r < n; ++r) view.add(kBase, paths[static_cast<size_t>(first + r)]);
             Matrix out(n, q.cols());
-            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(),
+            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(weights),
                                view.visible());
             bool same = true;
             for (int64_t r = 0; r < n; ++r) {
@@ -135,8 +146,9 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
 }
 
 TEST_CASE("attention has the same bits whether ancestors are committed or still in the tree") {
-  for (const Kernels* kernels : all_kernels()) {
+  for (const auto& [kernels, weights] : variants()) {
     CAPTURE(kernels->name);
+    CAPTURE(weights);
     for (const Shape& shape : {kShapes[0], kShapes[3], kShapes[5]}) {
       TestBackend backend(*kernels, 2, limits_for(shape, 80, 1200));
       for (const int32_t base : {0, 30, 122, 125, 508, 1021}) {
@@ -150,7 +162,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
         view.tree_base = base;
         for (const auto& path : paths) view.add(base, path);
         Matrix in_tree(kNodes, q.cols());
-        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(), view.visible());
+        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(weights), view.visible());
 
         const size_t node = kNodes - 1;
         const std::vector<int32_t>& path = paths[node];
@@ -170,7 +182,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
           }
           Matrix out(1, q.cols());
           backend->attention(out.tensor(), q.tensor().row_slice(static_cast<int64_t>(node), 1),
-                             moved.pack(), flat.visible());
+                             moved.pack(weights), flat.visible());
           CAPTURE(base);
           CAPTURE(committed);
           CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
@@ -182,22 +194,22 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
 
 TEST_CASE("NaN behind a row's prefix does not reach the row") {
   const Shape shape{4, 2, 16};
-  for (const Kernels* kernels : all_kernels()) {
-    TestBackend backend(*kernels, 1, limits_for(shape, 4, 200));
+  constexpr int32_t kRows = 24;  // of one tile
+  for (const auto& [kernels, weights] : variants()) {
+    TestBackend backend(*kernels, 1, limits_for(shape, kRows, 200));
     Random random(2);
-    TestKv cache(shape.heads, 140, shape.head_dim, random);
+    TestKv cache(shape.heads, 160, shape.head_dim, random);
     for (int64_t h = 0; h < 2; ++h) {
       for (int64_t d = 0; d < 16; ++d) cache.key(h, 133)[d] = cache.value(h, 133)[d] = NAN;
     }
-    Matrix q(3, 64, random);
+    Matrix q(kRows, 64, random);
     View view;
-    for (int32_t r = 0; r < 3; ++r) view.add(132 + r, {});  // the last row sees slot 133
-    Matrix out(3, 64);
-    backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible());
+    for (int32_t r = 0; r < kRows; ++r) view.add(133 - kRows + 2 + r, {});
+    Matrix out(kRows, 64);  // the last row sees slot 133
+    backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
     for (int64_t i = 0; i < 64; ++i) {
-      CHECK(std::isfinite(out.row(0)[i]));
-      CHECK(std::isfinite(out.row(1)[i]));
-      CHECK(std::isnan(out.row(2)[i]));
+      for (int32_t r = 0; r < kRows - 1; ++r) CHECK(std::isfinite(out.row(r)[i]));
+      CHECK(std::isnan(out.row(kRows - 1)[i]));
     }
   }
 }
