@@ -67,6 +67,12 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2 = 0.69314718f;
 
+  // Whether packing a block fetches the next one, which the products leave time for. A full tile is
+  // one of many over the same keys, which are in a cache already.
+  bool fetches_ahead(int64_t base) const {
+    return base + kKvBlock < longest_ && queries_ + task_.heads <= kAttentionQueries;
+  }
+
   int64_t query_stride() const { return (task_.head_dim + 15) / 16 * 8; }
   int64_t head_panels() const { return (task_.head_dim + kOutputs - 1) / kOutputs; }
 
@@ -136,15 +142,21 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   void score_slots(int64_t base, int64_t first, int64_t end) {
     first = first / kOutputs * kOutputs;
     const float* keys = task_.keys + base * task_.head_dim;
-    float* to = s_.packed;
-    for (int64_t column = first; column < end; column += kOutputs) {
-      for (int64_t d = 0; d < task_.head_dim; d += 2) {
+    const int64_t panel = task_.head_dim / 2 * kOutputs;
+    const int64_t block = task_.head_dim * kKvBlock;
+    const bool ahead = fetches_ahead(base);
+    for (int64_t d = 0; d < task_.head_dim; d += 2) {  // as they lie in memory
+      float* to = s_.packed + d / 2 * kOutputs;
+      for (int64_t column = first; column < end; column += kOutputs, to += panel) {
         const float* low = keys + d * kKvBlock + column;
         const float* high = low + kKvBlock;
         for (int64_t j = 0; j < kOutputs; j += Simd::kLanes) {
+          if (ahead) {
+            Simd::prefetch(low + j + block);
+            Simd::prefetch(high + j + block);
+          }
           Simd::store(to + j, bf16_pairs(Simd::load(low + j), Simd::load(high + j)));
         }
-        to += kOutputs;
       }
     }
     multiply<Weights>({s_.packed, task_.head_dim / 2 * Weights::kGroupBytes,
@@ -209,14 +221,19 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   // Panels of 32 elements of D, by pairs of positions; count is even.
   void pack_values(int64_t base, int64_t count) {
     const float* values = task_.values + base * task_.head_dim;
-    float* to = s_.packed;
-    for (int64_t d = 0; d < task_.head_dim; d += kOutputs) {
-      for (int64_t j = 0; j < count; j += 2) {
-        const float* low = values + j * task_.head_dim;
-        const float* high = low + task_.head_dim;
-        for (int64_t i = d; i < d + kOutputs; i += Simd::kLanes) {
-          Simd::store(to, value_pairs(low, high, i));
-          to += Simd::kLanes;
+    const int64_t panel = count / 2 * kOutputs;
+    const int64_t block = task_.head_dim * kKvBlock;
+    const bool ahead = fetches_ahead(base);
+    for (int64_t j = 0; j < count; j += 2) {
+      float* to = s_.packed + j / 2 * kOutputs;
+      const float* low = values + j * task_.head_dim;
+      for (int64_t d = 0; d < task_.head_dim; d += kOutputs, to += panel) {
+        for (int64_t i = 0; i < kOutputs; i += Simd::kLanes) {
+          if (ahead) {
+            Simd::prefetch(low + d + i + block);
+            Simd::prefetch(low + d + i + block + task_.head_dim);
+          }
+          Simd::store(to + i, value_pairs(low, low + task_.head_dim, d + i));
         }
       }
     }
