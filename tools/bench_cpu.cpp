@@ -2,17 +2,22 @@
 // and multiply-add peak, all in one run, interleaved, so that a noisy machine disturbs all alike.
 //
 //   bench_cpu [threads] [rounds] [rows]...
+//   bench_cpu cores
+//
+// The second prints how long a cache line takes from one core to the other.
 //
 // One line per model and number of rows: the best time over all linears of a model (every layer has
 // its own memory, so that nothing comes from a cache), with the head up to 60 rows. "share" is of
 // the read bandwidth and of the peak; "x bound" is the time over the larger of the two floors.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "backend.h"
@@ -187,11 +192,37 @@ int run_bench(int threads, int rounds, const std::vector<int64_t>& all_rows) {
   return 0;
 }
 
+// Two threads hand a number to and fro; the best of three.
+double handover_seconds() {
+  constexpr int kHandovers = 20000;
+  double best = 1e9;
+  for (int round = 0; round < 3; ++round) {
+    alignas(64) std::atomic<int> ball{0};
+    const auto play = [&ball](int first) {
+      for (int i = first; i < kHandovers; i += 2) {
+        while (ball.load(std::memory_order_acquire) != i) {
+        }
+        ball.store(i + 1, std::memory_order_release);
+      }
+    };
+    const Clock::time_point start = Clock::now();
+    std::thread other(play, 1);
+    play(0);
+    other.join();
+    best = std::min(best, seconds_since(start) / kHandovers);
+  }
+  return best;
+}
+
 }  // namespace
 }  // namespace frspec::cpu
 
 int main(int argc, char** argv) {
   try {
+    if (argc == 2 && std::strcmp(argv[1], "cores") == 0) {
+      std::printf("from core to core %.0f ns\n", 1e9 * frspec::cpu::handover_seconds());
+      return 0;
+    }
     const int threads = argc > 1 ? std::atoi(argv[1]) : 0;
     const int rounds = argc > 2 ? std::atoi(argv[2]) : 9;
     std::vector<int64_t> rows;

@@ -40,6 +40,15 @@ def read_bandwidth(bench: str, threads: int) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+NEAR_NS = 80
+
+
+def cores(bench: str) -> str:
+    """Whether the cores share a cache: "near" or "apart"."""
+    done = subprocess.run([bench, "cores"], capture_output=True, text=True, check=True)
+    return "near" if float(re.search(r"([\d.]+) ns", done.stdout)[1]) < NEAR_NS else "apart"
+
+
 def spread(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
@@ -111,47 +120,67 @@ def main() -> None:
         steps = len(result.accept_lengths)
         return result.timings.decode_s / steps, result.timings.verify_s / steps
 
-    floors: list[float] = []
-    step_times: list[float] = []
-    verifications: dict[int, list[float]] = {nodes: [] for nodes in args.nodes}
-    rates: list[float] = []
-    rates_over_torch: list[float] = []
-    peaks: list[float] = []
-    bandwidths: list[float] = []
+    samples: dict[str, dict[str, list[float]]] = {"near": {}, "apart": {}}
+    place = cores(args.bench)
+
+    def record(**values: float) -> None:
+        """Counts the values if the cores are where they were when the last ones were recorded."""
+        nonlocal place
+        before, place = place, cores(args.bench)
+        for name, value in values.items():
+            if before == place:
+                samples[place].setdefault(name, []).append(value)
+
     products = sum(o * i for o, i in layer_shapes(config)) * config["num_hidden_layers"] * PREFILL
     for number in range(args.rounds):
+        record()
         before = read_bandwidth(args.bench, args.threads)
         seconds, _ = step(plain, "plain")
         after = read_bandwidth(args.bench, args.threads)
-        bandwidths.append((before[0] + after[0]) / 2)
-        peaks += [before[1], after[1]]
-        step_times.append(seconds)
-        floors.append(plain._engine.step_bytes / bandwidths[-1] / 1e9 / seconds)
+        bandwidth = (before[0] + after[0]) / 2
+        record(
+            bandwidth=bandwidth,
+            peak=(before[1] + after[1]) / 2,
+            decoding=1e3 * seconds,
+            floor=plain._engine.step_bytes / bandwidth / 1e9 / seconds,
+        )
 
         alone = step(plain, "plain")[1]
         for nodes, generator in generators.items():
             _, verify = step(generator, "eagle2")
             again = step(plain, "plain")[1]
-            verifications[nodes].append(2 * verify / (alone + again))
+            record(**{f"nodes {nodes}": 2 * verify / (alone + again)})
             alone = again
 
         torch_before = torch_run() if torch_run else 0.0
         fresh = np.concatenate([[number + 5], prompt[1:]])  # nothing to reuse
         prefill = plain.generate(fresh, max_new_tokens=1, method="plain").timings.prefill_s
-        rates.append(products / prefill / 1e9)
+        over_torch = {}
         if torch_run:
             torch_seconds = (torch_before + torch_run()) / 2 * config["num_hidden_layers"]
-            rates_over_torch.append(torch_seconds / prefill)
+            over_torch["over torch"] = torch_seconds / prefill
+        record(prefill=products / prefill / 1e9, **over_torch)
 
     print(f"{args.model}: {plain._engine.device_description}, {args.rounds} rounds")
-    print(f"read bandwidth {spread(bandwidths)} GB/s, peak {spread(peaks)} GMAC/s")
-    print(f"plain decoding {spread([t * 1e3 for t in step_times])} ms a token")
-    print(f"  share of the floor {spread(floors)}")
-    for nodes, ratios in verifications.items():
-        print(f"verification of {nodes:3d} nodes over one token {spread(ratios)}")
-    print(f"prefill of {PREFILL} tokens {spread(rates)} GMAC/s")
-    if rates_over_torch:
-        print(f"  over torch's bf16 products {spread(rates_over_torch)}")
+    words = {
+        "bandwidth": "read bandwidth, GB/s",
+        "peak": "peak, GMAC/s",
+        "decoding": "plain decoding, ms a token",
+        "floor": "  share of the floor",
+        **{
+            f"nodes {nodes}": f"verification of {nodes} nodes over one token"
+            for nodes in generators
+        },
+        "prefill": f"prefill of {PREFILL} tokens, GMAC/s",
+        "over torch": "  over torch's bf16 products",
+    }
+    for where, values in samples.items():
+        if not values:
+            continue
+        print(f"cores {where}:")
+        for name, text in words.items():
+            if name in values:
+                print(f"  {text:40s} {spread(values[name])}, {len(values[name])} times")
 
 
 if __name__ == "__main__":
