@@ -79,7 +79,7 @@ void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t 
   const int64_t in_flight = int64_t{shape_.depth} * topk_;
   const DType activations = backend.activation_dtype(dtype);
   const int64_t rows = std::max<int64_t>(observed_rows, topk_);
-  kv_.layout(arena, "drafter KV cache", config_, backend.kv_dtype(dtype), dtype, slots + in_flight);
+  kv_.layout(backend, arena, "drafter KV cache", config_, dtype, slots + in_flight);
   rope_ = layout_rope(backend, arena, "RoPE tables", config_, slots + shape_.depth);
   workspace_.layout(arena, kBuffers, activations, config_, rows);
   concat_ = arena.take_tensor(kBuffers, activations, rows, 2 * hidden);

@@ -17,8 +17,9 @@ struct KvCache {
   std::vector<KvLayer> layers;
   int64_t length = 0;  // committed tokens
 
-  void layout(Arena& arena, const char* plan_name, const ModelConfig& config, DType dtype,
-              DType weight_dtype, int64_t slots) {
+  void layout(const Backend& backend, Arena& arena, const char* plan_name,
+              const ModelConfig& config, DType weight_dtype, int64_t slots) {
+    const DType dtype = backend.kv_dtype(weight_dtype);
     layers.resize(static_cast<size_t>(config.num_layers));
     slots = (slots + kKvSlotMultiple - 1) / kKvSlotMultiple * kKvSlotMultiple;
     const size_t bytes =

@@ -116,7 +116,7 @@ void Llama::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType
              ? embedding
              : reader.linear({{"lm_head", config.vocab_size}}, config.hidden_size, false);
 
-  kv.layout(arena, "target KV cache", config, backend.kv_dtype(dtype), dtype, slots);
+  kv.layout(backend, arena, "target KV cache", config, dtype, slots);
   rope_ = layout_rope(backend, arena, "RoPE tables", config, positions);
   workspace_.layout(arena, "target activations", backend.activation_dtype(dtype), config, rows);
 }

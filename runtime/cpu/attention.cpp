@@ -96,7 +96,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
     for (int64_t i = begin; i < end; ++i) {
       kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
                             split_partials_ + i * max_splits * partial, max_splits, partial,
-                            head_dim, attention_scratch_[thread].fp32.block);
+                            head_dim, attention_scratch_[thread].block);
     }
   });
 }

@@ -11,7 +11,7 @@
 // of them at once; each row's own positions follow.
 #pragma once
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_tile.h"
 #include "cpu/math_kernel.h"
 #include "cpu/multiply_tile.h"
 
@@ -89,97 +89,14 @@ inline void product(const float* x, int64_t x_stride, int64_t rows, const float*
   }
 }
 
-// Softmax states of queries: `values` [queries, D] are weighted with exp(score - max), `sum` is the
-// weights', 0 where there is nothing yet.
-struct Partials {
-  float* max;
-  float* sum;
-  float* values;
-};
-
-inline void merge(const Partials& into, const Partials& from, int64_t queries, int64_t head_dim) {
-  float maxima[kAttentionQueries];
-  float old_factors[kAttentionQueries] = {};
-  float factors[kAttentionQueries] = {};
-  for (int64_t i = 0; i < queries; ++i) {
-    maxima[i] = from.max[i] > into.max[i] ? from.max[i] : into.max[i];
-    old_factors[i] = into.max[i] - maxima[i];
-    factors[i] = from.max[i] - maxima[i];
-  }
-  exponentials(old_factors, old_factors, queries, 0.0f, 1.0f);
-  exponentials(factors, factors, queries, 0.0f, 1.0f);
-  for (int64_t i = 0; i < queries; ++i) {
-    if (from.sum[i] == 0.0f) continue;
-    float* to = into.values + i * head_dim;
-    const float* values = from.values + i * head_dim;
-    if (into.sum[i] == 0.0f) {
-      into.max[i] = from.max[i];
-      into.sum[i] = from.sum[i];
-      for (int64_t d = 0; d < head_dim; ++d) to[d] = values[d];
-      continue;
-    }
-    into.max[i] = maxima[i];
-    into.sum[i] = into.sum[i] * old_factors[i] + from.sum[i] * factors[i];
-    const Simd::F old_factor = Simd::set(old_factors[i]);
-    const Simd::F factor = Simd::set(factors[i]);
-    for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
-      const int64_t count = head_dim - d;
-      const Simd::F old = Simd::mul(Simd::load_partial(to + d, count), old_factor);
-      const Simd::F value = Simd::fma(Simd::load_partial(values + d, count), factor, old);
-      Simd::store_partial(to + d, value, count);
-    }
-  }
-}
-
-inline void write_out(float* out, const float* values, float sum, int64_t head_dim) {
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int64_t d = 0; d < head_dim; ++d) out[d] = values[d] * inverse;
-}
-
-inline void write_rows(const AttentionTask& task, const float* values, const float* sums) {
-  for (int64_t r = 0; r < task.rows; ++r) {
-    for (int64_t h = 0; h < task.heads; ++h) {
-      const int64_t i = r * task.heads + h;
-      write_out(task.out + r * task.out_stride + h * task.head_dim, values + i * task.head_dim,
-                sums[i], task.head_dim);
-    }
-  }
-}
-
-// One split's states to where merge_splits() finds them.
-inline void write_partials(const AttentionTask& task, const Partials& partials) {
-  for (int64_t r = 0; r < task.rows; ++r) {
-    for (int64_t h = 0; h < task.heads; ++h) {
-      const int64_t i = r * task.heads + h;
-      float* to = task.partial + r * task.partial_row_stride + h * task.partial_head_stride;
-      for (int64_t d = 0; d < task.head_dim; ++d) to[d] = partials.values[i * task.head_dim + d];
-      to[task.head_dim] = partials.max[i];
-      to[task.head_dim + 1] = partials.sum[i];
-    }
-  }
-}
-
-class AttentionTile : private AttentionRows<AttentionTile> {
+class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
  public:
-  explicit AttentionTile(const AttentionTask& task)
-      : AttentionRows(task, task.scratch->fp32.ancestor_slots, task.scratch->fp32.ancestor_scores),
-        s_(task.scratch->fp32) {}
-
-  void run() {
-    scale_queries();
-    score_ancestors();
-    for (int64_t i = 0; i < queries_; ++i) s_.total_max[i] = s_.total_sum[i] = 0.0f;
-    for (int64_t split = task_.first_split; split < task_.end_split; ++split) {
-      if (split * kAttentionSplit >= longest_ && task_.partial == nullptr) break;
-      run_split(split);
-    }
-    if (task_.partial == nullptr) write_rows(task_, s_.total, s_.total_sum);
-  }
+  using AttentionTile::AttentionTile;
 
  private:
-  friend class AttentionRows<AttentionTile>;
+  friend class AttentionTile<FP32AttentionTile>;
 
-  void scale_queries() {
+  void take_queries() {
     const Simd::F scale = Simd::set(task_.scale);
     const int64_t width = task_.heads * task_.head_dim;
     for (int64_t r = 0; r < task_.rows; ++r) {
@@ -190,21 +107,7 @@ class AttentionTile : private AttentionRows<AttentionTile> {
     }
   }
 
-  void run_split(int64_t split) {
-    for (int64_t i = 0; i < queries_; ++i) s_.split_max[i] = s_.split_sum[i] = 0.0f;
-    const int64_t end = (split + 1) * kAttentionSplit;
-    for (int64_t base = split * kAttentionSplit; base < end && base < longest_; base += kKvBlock) {
-      run_block(base);
-    }
-    const Partials partials{s_.split_max, s_.split_sum, s_.split};
-    if (task_.partial == nullptr) {
-      merge({s_.total_max, s_.total_sum, s_.total}, partials, queries_, task_.head_dim);
-    } else {
-      write_partials(task_, partials);
-    }
-  }
-
-  void run_block(int64_t base) {
+  void run_block(int64_t base, bool) {
     score_block(base);
     // The values that all rows see are multiplied for all at once, and then each row's own.
     const int64_t head_dim = task_.head_dim;
@@ -275,22 +178,11 @@ class AttentionTile : private AttentionRows<AttentionTile> {
     }
   }
 
-  static constexpr int64_t kScoreWidth = 2 * Simd::kLanes;
+  void end_split() {}
 
-  AttentionScratch& s_;
+  static constexpr int64_t kScoreWidth = 2 * Simd::kLanes;
 };
 
-inline void attention(const AttentionTask& task) { AttentionTile(task).run(); }
-
-inline void merge_splits(float* out, float* partial, int64_t splits, int64_t stride,
-                         int64_t head_dim, float* scratch) {
-  float max = 0.0f;
-  float sum = 0.0f;
-  for (int64_t i = 0; i < splits; ++i) {
-    float* from = partial + i * stride;
-    merge({&max, &sum, scratch}, {from + head_dim, from + head_dim + 1, from}, 1, head_dim);
-  }
-  write_out(out, scratch, sum, head_dim);
-}
+inline void attention(const AttentionTask& task) { FP32AttentionTile(task).run(); }
 
 }  // namespace frspec::cpu::FRSPEC_ISA

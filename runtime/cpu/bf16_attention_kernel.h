@@ -8,7 +8,7 @@
 // and values at its logical positions alone, as in attention_kernel.h.
 #pragma once
 
-#include "cpu/attention_kernel.h"
+#include "cpu/attention_tile.h"
 #include "cpu/bf16_pairs_kernel.h"
 #include "cpu/linear_kernel.h"
 
@@ -41,25 +41,12 @@ FRSPEC_INLINE Simd::F power_of_two_within_bf16(Simd::F x) {
   return Simd::mul(y, Simd::power_of_two(n));  // whose exponent for -127 is that of 0
 }
 
-class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
+class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
  public:
-  explicit BF16AttentionTile(const AttentionTask& task)
-      : AttentionRows(task, task.scratch->bf16.ancestor_slots, task.scratch->bf16.ancestor_scores),
-        s_(task.scratch->bf16) {}
-
-  void run() {
-    round_queries();
-    score_ancestors();
-    for (int64_t i = 0; i < queries_; ++i) s_.total_max[i] = s_.total_sum[i] = 0.0f;
-    for (int64_t split = task_.first_split; split < task_.end_split; ++split) {
-      if (split * kAttentionSplit >= longest_ && task_.partial == nullptr) break;
-      run_split(split);
-    }
-    if (task_.partial == nullptr) write_rows(task_, s_.total, s_.total_sum);
-  }
+  using AttentionTile::AttentionTile;
 
  private:
-  friend class AttentionRows<BF16AttentionTile>;
+  friend class AttentionTile<BF16AttentionTile>;
   using Weights = BF16PairWeights;
 
   static constexpr int64_t kOutputs = 2 * Simd::kLanes;  // of a panel
@@ -76,7 +63,7 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   int64_t query_stride() const { return (task_.head_dim + 15) / 16 * 8; }
   int64_t head_panels() const { return (task_.head_dim + kOutputs - 1) / kOutputs; }
 
-  void round_queries() {
+  void take_queries() {
     const Simd::F scale = Simd::set(task_.scale * kLog2E);  // scores are logarithms to base 2
     for (int64_t r = 0; r < task_.rows; ++r) {
       for (int64_t h = 0; h < task_.heads; ++h) {
@@ -90,16 +77,28 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
     }
   }
 
-  void run_split(int64_t split) {
-    for (int64_t i = 0; i < queries_; ++i) {
-      s_.split_max[i] = -__builtin_inff();
-      s_.split_sum[i] = 0.0f;
+  void run_block(int64_t base, bool first) {
+    score_block(base);
+    softmax(base);
+    if (first) {
+      for (int64_t i = 0; i < head_panels() * queries_ * kOutputs; ++i) s_.block[i] = 0.0f;
+    } else {
+      scale_down();
     }
-    const int64_t first = split * kAttentionSplit;
-    const int64_t end = first + kAttentionSplit;
-    for (int64_t base = first; base < end && base < longest_; base += kKvBlock) {
-      run_block(base, base > first);
+    // The pairs that all rows see are multiplied for all at once, and then each row's own.
+    const int64_t shared = clamp(least_prefix_ - base) / 2 * 2;
+    if (shared > 0) {
+      pack_values(base, shared);
+      multiply<Weights>({s_.packed, shared / 2 * Weights::kGroupBytes, head_panels(), s_.weights,
+                         kWeightStride, queries_, shared, s_.block, true});
     }
+    for (int64_t r = 0; r < task_.rows; ++r) {
+      const int64_t count = clamp(visible_[r] - base);
+      if (count > shared) weigh_own(r, base, shared, count);
+    }
+  }
+
+  void end_split() {
     for (int64_t i = 0; i < queries_; ++i) {
       if (s_.split_sum[i] == 0.0f) continue;
       s_.split_max[i] *= kLn2;  // merge() knows natural logarithms
@@ -107,33 +106,6 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
         Simd::store_partial(s_.split + i * task_.head_dim + d, Simd::load(sum_at(i, d)),
                             task_.head_dim - d);
       }
-    }
-    const Partials partials{s_.split_max, s_.split_sum, s_.split};
-    if (task_.partial == nullptr) {
-      merge({s_.total_max, s_.total_sum, s_.total}, partials, queries_, task_.head_dim);
-    } else {
-      write_partials(task_, partials);
-    }
-  }
-
-  void run_block(int64_t base, bool adds) {
-    score_block(base);
-    softmax(base);
-    if (adds) {
-      scale_down();
-    } else {
-      for (int64_t i = 0; i < head_panels() * queries_ * kOutputs; ++i) s_.sums[i] = 0.0f;
-    }
-    // The pairs that all rows see are multiplied for all at once, and then each row's own.
-    const int64_t shared = clamp(least_prefix_ - base) / 2 * 2;
-    if (shared > 0) {
-      pack_values(base, shared);
-      multiply<Weights>({s_.packed, shared / 2 * Weights::kGroupBytes, head_panels(), s_.weights,
-                         kWeightStride, queries_, shared, s_.sums, true});
-    }
-    for (int64_t r = 0; r < task_.rows; ++r) {
-      const int64_t count = clamp(visible_[r] - base);
-      if (count > shared) weigh_own(r, base, shared, count);
     }
   }
 
@@ -169,7 +141,7 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   }
 
   float* sum_at(int64_t query, int64_t d) {
-    return s_.sums + (d / kOutputs * queries_ + query) * kOutputs + d % kOutputs;
+    return s_.block + (d / kOutputs * queries_ + query) * kOutputs + d % kOutputs;
   }
 
   // Scores to rounded weights 2^(score - max) [queries, kKvBlock], 0 where the row does not see the
@@ -210,7 +182,7 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
   void scale_down() {
     for (int64_t p = 0; p < head_panels(); ++p) {
       for (int64_t i = 0; i < queries_; ++i) {
-        float* sums = s_.sums + (p * queries_ + i) * kOutputs;
+        float* sums = s_.block + (p * queries_ + i) * kOutputs;
         const Simd::F factor = Simd::set(s_.factors[i]);
         Simd::store(sums, Simd::mul(Simd::load(sums), factor));
         Simd::store(sums + Simd::kLanes, Simd::mul(Simd::load(sums + Simd::kLanes), factor));
@@ -264,8 +236,6 @@ class BF16AttentionTile : private AttentionRows<BF16AttentionTile> {
       }
     }
   }
-
-  BF16AttentionScratch& s_;
 };
 
 inline void bf16_attention(const AttentionTask& task) { BF16AttentionTile(task).run(); }

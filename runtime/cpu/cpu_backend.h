@@ -119,8 +119,8 @@ class CpuBackend final : public Backend {
   WorkspaceLimits limits_;
   float* accumulators_ = nullptr;  // [threads, rows of a block, outputs of a task]
   int64_t accumulators_per_thread_ = 0;
-  uint32_t* prepared_rows_ = nullptr;                 // [rows, depth]
-  AnyAttentionScratch* attention_scratch_ = nullptr;  // [threads]
+  uint32_t* prepared_rows_ = nullptr;              // [rows, depth]
+  AttentionScratch* attention_scratch_ = nullptr;  // [threads]
   float* split_partials_ = nullptr;
   int64_t split_partials_size_ = 0;
   TopkChunk* topk_chunks_ = nullptr;     // [kTopkRows, chunks]

@@ -22,8 +22,7 @@ struct PanelLayout {
   int64_t column[kMaxPanel];
 };
 
-// accumulators[p, r, j] = (accumulators[p, r, j] +) sum over k ascending of x[r, k] weight[p P + j,
-// k], for every panel p.
+// accumulators[p, r, j] (+)= sum over k ascending of x[r, k] weight[p P + j, k], for every panel p.
 struct MultiplyTask {
   const void* weights;  // the first panel
   int64_t panel_bytes;
@@ -32,8 +31,8 @@ struct MultiplyTask {
   int64_t x_stride;
   int64_t rows;
   int64_t depth;
-  float* accumulators;  // [panels, rows, P]
-  bool adds = false;    // to what the accumulators hold
+  float* accumulators;      // [panels, rows, P]
+  bool accumulate = false;  // adds to what the accumulators hold
 };
 
 // out[r, j] = accumulators[r, j] (+ bias[j]) (+ residual[r, j]) for j < cols <= P.
@@ -69,39 +68,24 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxAncestors = 256;     // of a row
 constexpr int64_t kAttentionQueries = 64;  // query heads of all rows of a task
 
-// Scratch of one thread.
+// Scratch of one thread. What is in bf16 lies by pairs in 32-bit units.
 struct AttentionScratch {
   float q[kAttentionQueries * kMaxHeadDim];  // scaled queries [queries, D]
   float scores[kAttentionQueries * kKvBlock];
   float ancestor_scores[kAttentionQueries * kMaxAncestors];
   int32_t ancestor_slots[kAttentionQueries * kMaxAncestors];  // by row
-  float block[kAttentionQueries * kMaxHeadDim];  // softmax-weighted values of one block
+  // Softmax-weighted values of one block; in bf16_attention of the split so far [panels of D,
+  // queries, P].
+  float block[kAttentionQueries * kMaxHeadDim];
   float split[kAttentionQueries * kMaxHeadDim];  // of one split
   float total[kAttentionQueries * kMaxHeadDim];  // of all
   float block_max[kAttentionQueries], block_sum[kAttentionQueries];
   float split_max[kAttentionQueries], split_sum[kAttentionQueries];
   float total_max[kAttentionQueries], total_sum[kAttentionQueries];
-};
-
-// Scratch of one thread for models in bf16; bf16 by pairs in 32-bit units.
-struct BF16AttentionScratch {
-  float q[kAttentionQueries * kMaxHeadDim / 2];
-  float packed[kKvBlock * kMaxHeadDim / 2];    // keys or values of a block
-  float scores[kAttentionQueries * kKvBlock];  // [panels of slots, queries, 32]
-  float weights[kAttentionQueries * kKvBlock / 2];
-  float ancestor_scores[kAttentionQueries * kMaxAncestors];
-  int32_t ancestor_slots[kAttentionQueries * kMaxAncestors];
-  float sums[kAttentionQueries * kMaxHeadDim];  // of a split [panels of D, queries, 32]
-  float split[kAttentionQueries * kMaxHeadDim];
-  float total[kAttentionQueries * kMaxHeadDim];
-  float factors[kAttentionQueries];
-  float split_max[kAttentionQueries], split_sum[kAttentionQueries];
-  float total_max[kAttentionQueries], total_sum[kAttentionQueries];
-};
-
-union AnyAttentionScratch {
-  AttentionScratch fp32;
-  BF16AttentionScratch bf16;
+  // For bf16_attention alone.
+  float packed[kKvBlock * kMaxHeadDim / 2];         // keys or values of a block, as panels
+  float weights[kAttentionQueries * kKvBlock / 2];  // [queries, kKvBlock]
+  float factors[kAttentionQueries];                 // what a block leaves of the sums so far
 };
 
 // The rows of a tile and the query heads of one key/value head.
@@ -126,7 +110,7 @@ struct AttentionTask {
   float* partial;
   int64_t partial_row_stride;
   int64_t partial_head_stride;
-  AnyAttentionScratch* scratch;
+  AttentionScratch* scratch;
 };
 
 struct Kernels {

@@ -28,11 +28,11 @@ void multiply_row(const MultiplyTask& task, int64_t groups) {
   for (; p + kPanels <= task.panels; p += kPanels) {
     multiply_tile<Weights, 1, kPanels>(weights + p * task.panel_bytes, task.panel_bytes, x, 0,
                                        groups, task.accumulators + p * kOutputs, kOutputs,
-                                       task.adds, {});
+                                       task.accumulate, {});
   }
   for (; p < task.panels; ++p) {
     multiply_tile<Weights, 1, 1>(weights + p * task.panel_bytes, 0, x, 0, groups,
-                                 task.accumulators + p * kOutputs, 0, task.adds, {});
+                                 task.accumulators + p * kOutputs, 0, task.accumulate, {});
   }
 }
 
@@ -79,7 +79,8 @@ void multiply_panel(const char* weights, const MultiplyTask& task, int64_t all_g
       m = rows_left < Simd::kTileRows ? rows_left : Simd::kTileRows;
       if (m < rows_left && rows_left - m < kLeastTileRows) m = rows_left - kLeastTileRows;
       kTiles[m](block, x + row * task.x_stride, task.x_stride, groups,
-                accumulators + row * kOutputs, task.adds || first > 0, {next, prefetch_bytes});
+                accumulators + row * kOutputs, task.accumulate || first > 0,
+                {next, prefetch_bytes});
       next += groups / kUnroll * prefetch_bytes;
     }
   }

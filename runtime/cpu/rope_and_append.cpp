@@ -18,6 +18,7 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
   const int64_t head_stride = kv.slots * head_dim;
   FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
                ", at most ", kMaxHeadDim, " is possible");
+  // Fewer values than elsewhere: those of a key go to a cache line each.
   const int64_t grain = std::max<int64_t>(1, 4096 / qkv.cols);
   pool_.parallel_for(qkv.rows, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {

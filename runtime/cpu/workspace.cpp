@@ -24,7 +24,7 @@ void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
         arena.take_array<uint32_t>(name, limits.rows * prepared_stride(limits.in_features));
   }
 
-  attention_scratch_ = arena.take_array<AnyAttentionScratch>(name, threads);
+  attention_scratch_ = arena.take_array<AttentionScratch>(name, threads);
   const int64_t splits = (limits.visible + kAttentionSplit - 1) / kAttentionSplit;
   split_partials_size_ = std::min(limits.rows, kSplitRows) * limits.query_heads * splits *
                          (std::min(limits.in_features, kMaxHeadDim) + 2);

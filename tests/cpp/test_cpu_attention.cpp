@@ -194,7 +194,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
 
 TEST_CASE("NaN behind a row's prefix does not reach the row") {
   const Shape shape{4, 2, 16};
-  constexpr int32_t kRows = 24;  // of one tile
+  constexpr int32_t kRows = 24;  // of two tiles
   for (const auto& [kernels, weights] : variants()) {
     TestBackend backend(*kernels, 1, limits_for(shape, kRows, 200));
     Random random(2);
