@@ -30,6 +30,7 @@ class CudaBackend final : public Backend {
   DeviceInfo info() const override;
   TreeShape default_tree() const override { return {6, 10, 60}; }  // as in FR-Spec
   DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
+  DType input_dtype(DType weight_dtype) const override { return weight_dtype; }
   DType kv_dtype(DType weight_dtype) const override { return weight_dtype; }
   int64_t prompt_chunk() const override { return 512; }
   int64_t length_bound(int64_t length) const override;

@@ -120,6 +120,9 @@ class Backend {
   // What drafts pay on such a device, as far as that can be said without knowing the drafter.
   virtual TreeShape default_tree() const = 0;
   virtual DType activation_dtype(DType weight_dtype) const = 0;
+  // Of activations that only products with such weights read: outputs of rms_norm, attention and
+  // linear_swiglu may be of this type or of activation_dtype(). Rows begin at multiples of 4 bytes.
+  virtual DType input_dtype(DType weight_dtype) const = 0;
   virtual DType kv_dtype(DType weight_dtype) const = 0;
 
   // 0: prompt rows are as invariant as all others. Else prompts are computed in chunks that begin

@@ -81,7 +81,7 @@ void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t 
   const int64_t rows = std::max<int64_t>(observed_rows, topk_);
   kv_.layout(backend, arena, "drafter KV cache", config_, dtype, slots + in_flight);
   rope_ = layout_rope(backend, arena, "RoPE tables", config_, slots + shape_.depth);
-  workspace_.layout(arena, kBuffers, activations, config_, rows);
+  workspace_.layout(backend, arena, kBuffers, dtype, config_, rows);
   concat_ = arena.take_tensor(kBuffers, activations, rows, 2 * hidden);
   last_hidden_ = arena.take_tensor(kBuffers, activations, 1, hidden);
   logits_ = arena.take_tensor("draft logits", DType::kF32, topk_, head_width());

@@ -9,14 +9,20 @@ namespace {
 constexpr int64_t kRopeUploadRows = 1024;
 }
 
-void LayerWorkspace::layout(Arena& arena, const char* plan_name, DType dtype,
-                            const ModelConfig& config, int64_t rows) {
+void LayerWorkspace::layout(Backend& backend, Arena& arena, const char* plan_name,
+                            DType weight_dtype, const ModelConfig& config, int64_t rows) {
+  const DType dtype = backend.activation_dtype(weight_dtype);
+  const auto input = [&](int64_t cols) {
+    const int64_t stride = (cols + 1) / 2 * 2;
+    return arena.take_tensor(plan_name, backend.input_dtype(weight_dtype), rows, stride)
+        .col_slice(0, cols);
+  };
   const int64_t qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
   hidden = arena.take_tensor(plan_name, dtype, rows, config.hidden_size);
-  normed = arena.take_tensor(plan_name, dtype, rows, config.hidden_size);
+  normed = input(config.hidden_size);
   qkv = arena.take_tensor(plan_name, dtype, rows, qkv_width);
-  attended = arena.take_tensor(plan_name, dtype, rows, config.num_heads * config.head_dim);
-  ffn = arena.take_tensor(plan_name, dtype, rows, config.intermediate_size);
+  attended = input(config.num_heads * config.head_dim);
+  ffn = input(config.intermediate_size);
 }
 
 DecoderLayer read_decoder_layer(WeightReader& reader, const ModelConfig& config,
@@ -118,7 +124,7 @@ void Llama::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType
 
   kv.layout(backend, arena, "target KV cache", config, dtype, slots);
   rope_ = layout_rope(backend, arena, "RoPE tables", config, positions);
-  workspace_.layout(arena, "target activations", backend.activation_dtype(dtype), config, rows);
+  workspace_.layout(backend, arena, "target activations", dtype, config, rows);
 }
 
 void Llama::forward(Backend& backend, const Pass& pass, const Tensor& features) const {

@@ -36,14 +36,15 @@ struct Pass {
 
 // Activations of a pass of at most `rows` rows.
 struct LayerWorkspace {
-  Tensor hidden;    // [rows, d] the residual stream
+  Tensor hidden;  // [rows, d] the residual stream
+  Tensor qkv;     // [rows, (H + 2 K) D]
+  // What only products read, in Backend::input_dtype().
   Tensor normed;    // [rows, d]
-  Tensor qkv;       // [rows, (H + 2 K) D]
   Tensor attended;  // [rows, H D]
   Tensor ffn;       // [rows, f]
 
-  void layout(Arena& arena, const char* plan_name, DType dtype, const ModelConfig& config,
-              int64_t rows);
+  void layout(Backend& backend, Arena& arena, const char* plan_name, DType weight_dtype,
+              const ModelConfig& config, int64_t rows);
 };
 
 // prefix: "model.layers.3." of the tensor names.

@@ -51,6 +51,7 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
                                            kAttentionQueries / heads);
   const int64_t tiles = (rows + tile - 1) / tile;
 
+  const bool rounds = out.dtype == DType::kBF16;
   const auto attention = kv.weight_dtype == DType::kBF16 && kernels_.bf16_attention != nullptr
                              ? kernels_.bf16_attention
                              : kernels_.attention;
@@ -63,8 +64,8 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
           const int64_t head = i / tiles / split_tasks;
           const int64_t column = head * heads * head_dim;
           AttentionTask task{};
-          task.out = out.row<float>(row) + column;
-          task.out_stride = out.stride;
+          task.out = rounds ? attention_scratch_[thread].total : out.row<float>(row) + column;
+          task.out_stride = rounds ? heads * head_dim : out.stride;
           task.q = q.row<float>(row) + column;
           task.q_stride = q.stride;
           task.keys = static_cast<const float*>(kv.keys) + head * kv.slots * head_dim;
@@ -89,14 +90,24 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
           }
           task.scratch = attention_scratch_ + thread;
           attention(task);
+          if (rounds && !splits) {
+            kernels_.round_rows(out.row<uint16_t>(row) + column, out.stride, task.out,
+                                task.out_stride, task.rows, heads * head_dim);
+          }
         }
       });
   if (!splits) return;
   pool_.parallel_for(rows * query_heads, 32, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) {
-      kernels_.merge_splits(out.row<float>(i / query_heads) + i % query_heads * head_dim,
-                            split_partials_ + i * max_splits * partial, max_splits, partial,
-                            head_dim, attention_scratch_[thread].block);
+      const int64_t row = i / query_heads;
+      const int64_t column = i % query_heads * head_dim;
+      AttentionScratch& scratch = attention_scratch_[thread];
+      float* to = rounds ? scratch.total : out.row<float>(row) + column;
+      kernels_.merge_splits(to, split_partials_ + i * max_splits * partial, max_splits, partial,
+                            head_dim, scratch.block);
+      if (rounds) {
+        kernels_.round_rows(out.row<uint16_t>(row) + column, 0, to, 0, 1, head_dim);
+      }
     }
   });
 }

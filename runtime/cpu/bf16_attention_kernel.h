@@ -72,7 +72,8 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
         for (int64_t d = 0; d < task_.head_dim; d += Simd::kLanes) {
           Simd::store(scaled + d, Simd::mul(Simd::load_partial(q + d, task_.head_dim - d), scale));
         }
-        prepare_row(s_.q + (r * task_.heads + h) * query_stride(), scaled, task_.head_dim);
+        float* rounded = s_.q + (r * task_.heads + h) * query_stride();
+        round_rows(reinterpret_cast<uint16_t*>(rounded), 0, scaled, 0, 1, task_.head_dim);
       }
     }
   }

@@ -30,13 +30,20 @@ struct BF16PairWeights {
   }
 };
 
-// prepared[i] holds x[2 i] in its lower half and x[2 i + 1] in its upper one; behind the last x are
-// zeros.
-inline void prepare_row(void* prepared, const float* x, int64_t depth) {
-  uint16_t* to = static_cast<uint16_t*>(prepared);
-  for (int64_t k = 0; k < depth; k += Simd::kLanes) {
-    const __m256bh rounded = _mm512_cvtneps_pbh(Simd::load_partial(x + k, depth - k));
-    __builtin_memcpy(to + k, &rounded, sizeof(rounded));
+inline void round_rows(uint16_t* out, int64_t out_stride, const float* x, int64_t x_stride,
+                       int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = x + r * x_stride;
+    uint16_t* to = out + r * out_stride;
+    int64_t k = 0;
+    for (; k + Simd::kLanes <= cols; k += Simd::kLanes) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(Simd::load(from + k));
+      __builtin_memcpy(to + k, &rounded, sizeof(rounded));
+    }
+    if (k < cols) {
+      const __m256bh rounded = _mm512_cvtneps_pbh(Simd::load_partial(from + k, cols - k));
+      __builtin_memcpy(to + k, &rounded, static_cast<size_t>((cols - k + 1) / 2) * 4);
+    }
   }
 }
 

@@ -41,6 +41,9 @@ class CpuBackend final : public Backend {
   // Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
   TreeShape default_tree() const override { return {1, 3, 4}; }
   DType activation_dtype(DType) const override { return DType::kF32; }
+  DType input_dtype(DType weight_dtype) const override {
+    return kernels_.rounds_rows[static_cast<int>(weight_dtype)] ? DType::kBF16 : DType::kF32;
+  }
   DType kv_dtype(DType) const override { return DType::kF32; }
   int64_t prompt_chunk() const override { return 0; }
   int64_t length_bound(int64_t length) const override { return length; }
@@ -95,11 +98,11 @@ class CpuBackend final : public Backend {
 
  private:
   // x as the kernels of w's type read it.
-  struct PreparedRows {
+  struct InputRows {
     const void* data;
     int64_t stride;  // in 32-bit units
   };
-  PreparedRows prepare_rows(const Tensor& x, DType weight_dtype);
+  InputRows input_rows(const Tensor& x, DType weight_dtype);
   template <typename Body>
   void for_panel_groups(int64_t rows, int64_t panels, const Body& body);
   void find_likeliest(const Tensor& logits);
@@ -119,7 +122,8 @@ class CpuBackend final : public Backend {
   WorkspaceLimits limits_;
   float* accumulators_ = nullptr;  // [threads, rows of a block, outputs of a task]
   int64_t accumulators_per_thread_ = 0;
-  uint32_t* prepared_rows_ = nullptr;              // [rows, depth]
+  uint16_t* rounded_rows_ = nullptr;               // [rows, in_features]
+  float* row_to_round_ = nullptr;                  // [threads, in_features]
   AttentionScratch* attention_scratch_ = nullptr;  // [threads]
   float* split_partials_ = nullptr;
   int64_t split_partials_size_ = 0;

@@ -27,8 +27,8 @@ struct MultiplyTask {
   const void* weights;  // the first panel
   int64_t panel_bytes;
   int64_t panels;
-  const void* x;  // [rows, depth], or what prepare_rows made of it
-  int64_t x_stride;
+  const void* x;     // [rows, depth], fp32 or what round_rows made of it
+  int64_t x_stride;  // in 32-bit units
   int64_t rows;
   int64_t depth;
   float* accumulators;      // [panels, rows, P]
@@ -47,7 +47,8 @@ struct FinishTask {
   int64_t residual_stride;
 };
 
-// out[r, j] = silu(gate[r, j] + gate_bias[j]) (up[r, j] + up_bias[j]) for j < cols <= P.
+// out[r, j] = silu(gate[r, j] + gate_bias[j]) (up[r, j] + up_bias[j]) for j < cols <= P. out may be
+// gate.
 struct FinishSwigluTask {
   float* out;
   int64_t out_stride;
@@ -117,12 +118,14 @@ struct Kernels {
   const char* name;
   int64_t panel;           // P, outputs of a panel
   PanelLayout layouts[3];  // by DType: kF32, kF16, kBF16
-  bool prepares_rows[3];   // whether x goes through prepare_rows first
+  bool rounds_rows[3];     // whether x goes through round_rows first
   int64_t row_panels;      // panels that a single row is multiplied with at a time
 
   void (*multiply[3])(const MultiplyTask& task);
-  // Activations as `multiply` wants them: `depth` bf16, padded to a multiple of 16 with zeros.
-  void (*prepare_row)(void* prepared, const float* x, int64_t depth);
+  // out [rows, cols] = x in bf16, rounded to nearest even; of an odd number of columns a zero is
+  // written behind the last one, which out_stride has room for.
+  void (*round_rows)(uint16_t* out, int64_t out_stride, const float* x, int64_t x_stride,
+                     int64_t rows, int64_t cols);
   void (*finish)(const FinishTask& task);
   void (*finish_swiglu)(const FinishSwigluTask& task);
 

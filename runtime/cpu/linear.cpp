@@ -9,8 +9,8 @@ namespace frspec::cpu {
 namespace {
 
 void check_product(const char* op, const Tensor& out, const Tensor& x, const LinearWeight& w) {
-  FRSPEC_CHECK(out.dtype == DType::kF32 && x.dtype == DType::kF32, Error, op,
-               ": activations must be fp32");
+  FRSPEC_CHECK(out.dtype == DType::kF32 || out.dtype == DType::kBF16, Error, op,
+               ": expected an output in fp32 or bf16, found ", dtype_name(out.dtype));
   FRSPEC_CHECK(out.rows == x.rows && x.cols == w.in_features && out.cols == w.out_features, Error,
                op, ": out [", out.rows, ", ", out.cols, "] does not fit x [", x.rows, ", ", x.cols,
                "] and weight [", w.out_features, ", ", w.in_features, "]");
@@ -24,19 +24,26 @@ int64_t panel_bytes(const Kernels& kernels, const LinearWeight& w) {
 
 }  // namespace
 
-CpuBackend::PreparedRows CpuBackend::prepare_rows(const Tensor& x, DType weight_dtype) {
-  if (!kernels_.prepares_rows[static_cast<int>(weight_dtype)]) return {x.data, x.stride};
+CpuBackend::InputRows CpuBackend::input_rows(const Tensor& x, DType weight_dtype) {
+  FRSPEC_CHECK(x.dtype == DType::kF32 || x.dtype == input_dtype(weight_dtype), Error,
+               "linear: expected activations in fp32 or ", dtype_name(input_dtype(weight_dtype)),
+               ", found ", dtype_name(x.dtype));
+  if (x.dtype == DType::kBF16) {
+    FRSPEC_CHECK(x.stride % 2 == 0, Error, "linear: expected rows of whole 32-bit units, found ",
+                 x.stride, " bf16 elements");
+    return {x.data, x.stride / 2};
+  }
+  if (input_dtype(weight_dtype) == DType::kF32) return {x.data, x.stride};
   FRSPEC_CHECK(x.rows <= limits_.rows && x.cols <= limits_.in_features, Error, "linear: x [",
                x.rows, ", ", x.cols, "] exceeds the planned workspace [", limits_.rows, ", ",
                limits_.in_features, "]");
-  const int64_t stride = prepared_stride(x.cols);
+  const int64_t stride = rounded_stride(x.cols);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(x.cols, 1));
   pool_.parallel_for(x.rows, grain, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      kernels_.prepare_row(prepared_rows_ + r * stride, x.row<float>(r), x.cols);
-    }
+    kernels_.round_rows(rounded_rows_ + begin * stride, stride, x.row<float>(begin), x.stride,
+                        end - begin, x.cols);
   });
-  return {prepared_rows_, stride};
+  return {rounded_rows_, stride / 2};
 }
 
 // body(first row, rows, first panel, panels, accumulators) for all rows and panels. The tasks are
@@ -45,7 +52,11 @@ template <typename Body>
 void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, const Body& body) {
   const int64_t group = rows == 1 ? kernels_.row_panels : 1;
   const int64_t row_blocks = (rows + kLinearRowBlock - 1) / kLinearRowBlock;
-  const int64_t row_block = row_blocks == 0 ? 0 : (rows + row_blocks - 1) / row_blocks;
+  int64_t row_block = rows;
+  if (row_blocks > 1) {
+    row_block = (rows + row_blocks - 1) / row_blocks;
+    row_block = (row_block + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  }
   FRSPEC_CHECK(accumulator_count(row_block, kernels_) <= accumulators_per_thread_, Error,
                "linear: ", rows, " rows exceed the planned workspace of ", limits_.rows);
   const int64_t groups = (panels + group - 1) / group;
@@ -63,13 +74,15 @@ void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, const Body& body
 void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w, Rows,
                         const Tensor* residual) {
   check_product("linear", out, x, w);
+  FRSPEC_CHECK(out.dtype == DType::kF32, Error, "linear: expected an output in fp32, found ",
+               dtype_name(out.dtype));
   FRSPEC_CHECK(residual == nullptr || (residual->dtype == DType::kF32 &&
                                        residual->rows == out.rows && residual->cols == out.cols),
                Error, "linear: the residual's shape differs from the output's [", out.rows, ", ",
                out.cols, "]");
   const int64_t panel = kernels_.panel;
   const int64_t bytes = panel_bytes(kernels_, w);
-  const PreparedRows rows_in = prepare_rows(x, w.dtype);
+  const InputRows rows_in = input_rows(x, w.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(w.dtype)];
   const int64_t panels = (w.out_features + panel - 1) / panel;
   for_panel_groups(
@@ -98,28 +111,35 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
                ", up is ", dtype_name(up.dtype));
   const int64_t panel = kernels_.panel;
   const int64_t bytes = panel_bytes(kernels_, gate);
-  const PreparedRows rows_in = prepare_rows(x, gate.dtype);
+  const InputRows rows_in = input_rows(x, gate.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(gate.dtype)];
   const int64_t panels = (gate.out_features + panel - 1) / panel;
-  for_panel_groups(
-      x.rows, panels,
-      [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
-          float* accumulators) {
-        const float* from = static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
-        float* up_accumulators = accumulators + count * rows * panel;
-        multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes, count, from,
-                  rows_in.stride, rows, gate.in_features, accumulators});
-        multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes, count, from,
-                  rows_in.stride, rows, up.in_features, up_accumulators});
-        for (int64_t p = 0; p < count; ++p) {
-          const int64_t col = (first_panel + p) * panel;
-          kernels_.finish_swiglu(
-              {out.row<float>(first_row) + col, out.stride, accumulators + p * rows * panel,
-               up_accumulators + p * rows * panel, rows, std::min(panel, gate.out_features - col),
-               gate.bias == nullptr ? nullptr : gate.bias + col,
-               up.bias == nullptr ? nullptr : up.bias + col});
-        }
-      });
+  for_panel_groups(x.rows, panels,
+                   [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
+                       float* accumulators) {
+                     const float* from =
+                         static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
+                     float* up_accumulators = accumulators + count * rows * panel;
+                     multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes,
+                               count, from, rows_in.stride, rows, gate.in_features, accumulators});
+                     multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes,
+                               count, from, rows_in.stride, rows, up.in_features, up_accumulators});
+                     for (int64_t p = 0; p < count; ++p) {
+                       const int64_t col = (first_panel + p) * panel;
+                       const int64_t cols = std::min(panel, gate.out_features - col);
+                       float* sums = accumulators + p * rows * panel;
+                       const bool rounds = out.dtype == DType::kBF16;
+                       kernels_.finish_swiglu({rounds ? sums : out.row<float>(first_row) + col,
+                                               rounds ? panel : out.stride, sums,
+                                               up_accumulators + p * rows * panel, rows, cols,
+                                               gate.bias == nullptr ? nullptr : gate.bias + col,
+                                               up.bias == nullptr ? nullptr : up.bias + col});
+                       if (rounds) {
+                         kernels_.round_rows(out.row<uint16_t>(first_row) + col, out.stride, sums,
+                                             panel, rows, cols);
+                       }
+                     }
+                   });
 }
 
 }  // namespace frspec::cpu

@@ -10,9 +10,14 @@ void CpuBackend::rms_norm(const Tensor& out, const Tensor& x, const float* weigh
                out.rows, ", ", out.cols, "] and x [", x.rows, ", ", x.cols, "] differ");
   // Up to some ten thousand values waking the other threads costs more than it saves.
   const int64_t grain = std::max<int64_t>(1, 16384 / x.cols);
-  pool_.parallel_for(x.rows, grain, [&](int64_t begin, int64_t end, int) {
+  const bool rounds = out.dtype == DType::kBF16;
+  FRSPEC_CHECK(!rounds || x.cols <= limits_.in_features, Error, "rms_norm: x [", x.rows, ", ",
+               x.cols, "] exceeds the planned workspace of ", limits_.in_features, " columns");
+  pool_.parallel_for(x.rows, grain, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t r = begin; r < end; ++r) {
-      kernels_.rms_norm(out.row<float>(r), x.row<float>(r), weight, x.cols, eps);
+      float* to = rounds ? row_to_round_ + thread * limits_.in_features : out.row<float>(r);
+      kernels_.rms_norm(to, x.row<float>(r), weight, x.cols, eps);
+      if (rounds) kernels_.round_rows(out.row<uint16_t>(r), 0, to, 0, 1, x.cols);
     }
   });
 }

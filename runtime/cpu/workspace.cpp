@@ -19,9 +19,10 @@ void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
 
   accumulators_per_thread_ = accumulator_count(std::min(limits.rows, kLinearRowBlock), kernels_);
   accumulators_ = arena.take_array<float>(name, threads * accumulators_per_thread_);
-  if (kernels_.prepare_row != nullptr) {
-    prepared_rows_ =
-        arena.take_array<uint32_t>(name, limits.rows * prepared_stride(limits.in_features));
+  if (kernels_.round_rows != nullptr) {
+    rounded_rows_ =
+        arena.take_array<uint16_t>(name, limits.rows * rounded_stride(limits.in_features));
+    row_to_round_ = arena.take_array<float>(name, threads * limits.in_features);
   }
 
   attention_scratch_ = arena.take_array<AttentionScratch>(name, threads);
