@@ -25,6 +25,7 @@ from rich.progress import Progress
 
 import frspec
 from drafter_training import accept_length, features
+from drafter_training.answers import Writing, write_answers
 from drafter_training.tasks import EagleTask, MedusaTask
 from drafter_training.training import Settings, Task, train
 from frspec.files import write_whole
@@ -58,17 +59,22 @@ def _add_answers(commands) -> argparse.ArgumentParser:
     parser.add_argument("--questions", required=True, type=Path, help="file of conversations")
     parser.add_argument("--out", required=True, type=Path, help="JSON lines")
     parser.add_argument("--limit", type=int, help="answers at most")
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=512, help="longer questions are left out"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--batch", type=int, default=128, help="answers written at a time")
+    _add_device(parser)
     parser.set_defaults(run=_answers)
     return parser
 
 
 def _answers(args: argparse.Namespace, progress: Progress) -> None:
-    accept_length.write_answers(
-        args.model, args.questions, args.out, args.max_new_tokens, args.temperature, args.limit,
-        progress,
-    )  # fmt: skip
+    writing = Writing(
+        args.max_prompt_tokens, args.max_new_tokens, args.temperature, args.batch, args.device
+    )
+    write_answers(args.model, args.questions, args.out, writing, args.limit, progress)
 
 
 def _add_features(commands) -> argparse.ArgumentParser:

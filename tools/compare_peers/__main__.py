@@ -5,8 +5,9 @@
 
 Every question of the seven tasks goes through all runtimes one after the other before the next one
 comes, so that a machine that is slow for a while is slow for all; what is compared is the median
-over the questions of each runtime's tokens/s over plain frspec's. Needs llama-cpp-python (built
-for this machine), and torch and transformers; a runtime that is not installed is left out.
+over the questions of each runtime's tokens/s over plain frspec's: of all questions, and of each
+task's. Needs llama-cpp-python (built for this machine), and torch and transformers; a runtime that
+is not installed is left out.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from gguf_file import write_bf16
 from peers import Frspec, LlamaCpp, Process, Transformers, Written
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import frspec
 from frspec.evaluation.generate import chat_messages
 from frspec.evaluation.methods import short_size
+from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
 from frspec.tokenizer import Tokenizer
 
 PLAIN = "frspec, plain"
+Prompt = tuple[str, list[int]]  # task, token ids
 
 
 def main() -> int:
@@ -57,7 +59,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-context", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    parser.add_argument("--json", type=Path, help="write the settings and the figures to this file")
     args = parser.parse_args()
 
     try:
@@ -75,31 +77,31 @@ def compare(args: argparse.Namespace) -> int:
         found = measure(runtimes, prompts, args.max_new_tokens)
         for runtime in runtimes.values():
             runtime.close()
-    report = summarize(found, tokenizer.ending_ids)
+    report = summarize(found, [task for task, _ in prompts], tokenizer.ending_ids)
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
         args.json.write_text(
             json.dumps({"settings": settings, "runtimes": report}, indent=1) + "\n"
         )
-    print_table(report, len(prompts))
+    print_tables(report, len(prompts))
     return 0
 
 
-def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each question's first turn; those beyond the context are left out."""
+def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
+    """Each question's task and the token ids of its first turn; those beyond the context are left
+    out."""
     tasks = [TASKS[name] for name in args.tasks]
-    prompts = []
+    prompts: list[Prompt] = []
     for question in load_questions(tasks, {"spec_bench": args.spec_bench}, args.limit):
         messages = chat_messages(question, question.turns[:1])
         ids = tokenizer.encode(tokenizer.chat(messages), add_special_tokens=False)
         if len(ids) + args.max_new_tokens <= args.max_context:
-            prompts.append(ids)
+            prompts.append((question.task, ids))
     return prompts
 
 
 def start(args: argparse.Namespace, scratch: Path) -> dict[str, Process]:
     """A process for each runtime, loaded and warmed up; plain frspec is the first."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a runtime that waits leaves the cores
     own: dict[str, Any] = {
         "model": args.model,
         "threads": args.threads,
@@ -140,30 +142,40 @@ def installed(module: str) -> bool:
 
 
 def measure(
-    runtimes: dict[str, Process], prompts: list[list[int]], new_tokens: int
+    runtimes: dict[str, Process], prompts: list[Prompt], new_tokens: int
 ) -> dict[str, list[Written]]:
     found: dict[str, list[Written]] = {label: [] for label in runtimes}
     console = Console(stderr=True)
-    for prompt in track(prompts, "questions", console=console, disable=not console.is_terminal):
+    for _, ids in track(prompts, "questions", console=console, disable=not console.is_terminal):
         for label, runtime in runtimes.items():
-            found[label].append(runtime.write(prompt, new_tokens))
+            found[label].append(runtime.write(ids, new_tokens))
     return found
 
 
 def summarize(
-    found: dict[str, list[Written]], ending_ids: list[int]
-) -> dict[str, dict[str, float]]:
+    found: dict[str, list[Written]], tasks: list[str], ending_ids: list[int]
+) -> dict[str, dict[str, Any]]:
     """Of each runtime: medians over the questions, and of its ratios to plain frspec."""
     plain = found[PLAIN]
     report = {}
     for label, written in found.items():
         pairs = list(zip(written, plain, strict=True))
+        ratios = [w.tokens_per_s / p.tokens_per_s for w, p in pairs]
+        by_task: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(tasks):
+            own = [index for index, task in enumerate(tasks) if task == name]
+            by_task[name] = {
+                "questions": len(own),
+                "over_plain": statistics.median(ratios[index] for index in own),
+                "accept_length": statistics.fmean(written[index].accept_length for index in own),
+            }
         report[label] = {
             "tokens_per_s": statistics.median(w.tokens_per_s for w in written),
             "first_token_s": statistics.median(w.first_s for w in written),
-            "over_plain": statistics.median(w.tokens_per_s / p.tokens_per_s for w, p in pairs),
+            "over_plain": statistics.median(ratios),
             "accept_length": statistics.fmean(w.accept_length for w in written),
             "same_text": sum(same_text(w, p, ending_ids) for w, p in pairs) / len(pairs),
+            "tasks": by_task,
         }
     return report
 
@@ -175,17 +187,28 @@ def same_text(written: Written, plain: Written, ending_ids: list[int]) -> bool:
     return written.token_ids[:end] == plain.token_ids[:end]
 
 
-def print_table(report: dict[str, dict[str, float]], questions: int) -> None:
-    table = Table(title=f"{questions} questions, greedy")
-    for name in ("", "tokens/s", "over plain", "first token", "accept length", "same text"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
-    for label, row in report.items():
-        table.add_row(
+def print_tables(report: dict[str, dict[str, Any]], questions: int) -> None:
+    """As Markdown: all questions, then speed and accept length by task."""
+    print(f"{questions} questions, greedy")
+    rows = [
+        [
             label, f"{row['tokens_per_s']:.1f}", f"{row['over_plain']:.2f}x",
             f"{1e3 * row['first_token_s']:.0f} ms", f"{row['accept_length']:.2f}",
             f"{100 * row['same_text']:.0f} %",
-        )  # fmt: skip
-    Console().print(table)
+        ]
+        for label, row in report.items()
+    ]  # fmt: skip
+    heads = ["", "tokens/s", "over plain", "first token", "accept length", "same text"]
+    print("\n" + markdown_table(heads, rows))
+    tasks = list(report[PLAIN]["tasks"])
+    for figure, unit in (("over_plain", "x"), ("accept_length", "")):
+        rows = [
+            [label, *(f"{row['tasks'][task][figure]:.2f}{unit}" for task in tasks)]
+            for label, row in report.items()
+            if figure != "accept_length" or label.startswith("frspec")
+        ]
+        heads = [figure.replace("_", " "), *(TASKS[task].label for task in tasks)]
+        print("\n" + markdown_table(heads, rows))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,40 +41,3 @@ def measure(
         tokens += sum(result.accept_lengths)
         rounds += len(result.accept_lengths)
     return {"questions": len(questions), "rounds": rounds, "accept_length": tokens / max(rounds, 1)}
-
-
-def write_answers(
-    model: Path,
-    questions: Path,
-    out: Path,
-    max_new_tokens: int,
-    temperature: float,
-    limit: int | None,
-    progress: Progress,
-) -> None:
-    """The target's own answers to the first question of each conversation, as JSON lines.
-
-    Lines that `out` holds already are not written again.
-    """
-    asked = [first_question(messages) for messages in read_conversations(questions)]
-    asked = [question for question in asked if question][:limit]
-    done = out.read_bytes() if out.is_file() else b""
-    whole = done[: done.rfind(b"\n") + 1]  # without what a killed run left of a line
-    generator = frspec.Generator(model)
-    task = progress.add_task("answers", total=len(asked), completed=whole.count(b"\n"))
-    with out.open("r+b" if done else "wb") as file:
-        file.truncate(len(whole))
-        file.seek(len(whole))
-        for index in range(whole.count(b"\n"), len(asked)):
-            messages = asked[index]
-            try:
-                result = generator.generate(
-                    messages, max_new_tokens=max_new_tokens, temperature=temperature, seed=index
-                )
-                messages = [*messages, {"role": "assistant", "content": result.text}]
-            except frspec.RequestError:
-                pass  # longer than the context: the line is there, and teaches nothing
-            line = json.dumps({"messages": messages}, ensure_ascii=False)
-            file.write(line.encode() + b"\n")
-            file.flush()
-            progress.advance(task)

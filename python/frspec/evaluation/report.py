@@ -77,7 +77,7 @@ def task_table(run: Run, cell: Cell, average: Callable[[Configuration], str]) ->
         [method.label, *(cell(method, task.name) for task in run.tasks), average(method)]
         for method in run.methods
     ]
-    return _table(["", *(task.label for task in run.tasks), "Average"], rows)
+    return markdown_table(["", *(task.label for task in run.tasks), "Average"], rows)
 
 
 def accept_length_cell(run: Run) -> Cell:
@@ -103,7 +103,7 @@ def decoding_table(run: Run) -> str:
             ]
         )
     columns = ["", "tokens/s", "speed-up", "draft ms", "verify ms", "rest ms", "same text as plain"]
-    return _table(columns, rows)
+    return markdown_table(columns, rows)
 
 
 def comparison_table(runs: Sequence[Run]) -> str:
@@ -120,7 +120,7 @@ def comparison_table(runs: Sequence[Run]) -> str:
         for method in run.methods
     ]
     columns = ["run", "method", "accept length", "tokens/s", "speed-up", "same text as plain"]
-    return _table(columns, rows, words=2)
+    return markdown_table(columns, rows, words=2)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -169,7 +169,7 @@ def _correctness(run: Run, passes: Mapping[str, float]) -> list[str]:
         accuracy = run.gsm8k_accuracy(method)
         passed = passes.get(method.name)
         rows.append([method.label, _percent(passed), _percent(accuracy)])
-    parts = [_table(["", "HumanEval pass@1", "GSM8K accuracy"], rows)]
+    parts = [markdown_table(["", "HumanEval pass@1", "GSM8K accuracy"], rows)]
     if not passes and any(task.name == "code" for task in run.tasks):
         parts.append("Programs were not run: that takes `--run-generated-code`.")
     return parts
@@ -208,7 +208,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """A Markdown table; the first `words` columns are aligned to the left."""
     marks = [":--" if index < words else "--:" for index in range(len(columns))]
     lines = [columns, marks, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
