@@ -32,6 +32,10 @@ class CudaBackend final : public Backend {
   DType activation_dtype(DType weight_dtype) const override { return weight_dtype; }
   DType input_dtype(DType weight_dtype) const override { return weight_dtype; }
   DType kv_dtype(DType weight_dtype) const override { return weight_dtype; }
+  size_t kv_bytes(const KvLayer& layer) const override {
+    return static_cast<size_t>(layer.heads * layer.slots * layer.head_dim) *
+           dtype_size(layer.dtype);
+  }
   int64_t prompt_chunk() const override { return 512; }
   int64_t length_bound(int64_t length) const override;
   void layout(Arena& arena, const WorkspaceLimits& limits) override;

@@ -61,10 +61,9 @@ struct KvLayer {
   void* keys = nullptr;
   void* values = nullptr;
   DType dtype = DType::kF32;
-  int64_t heads = 0;                 // K
-  int64_t slots = 0;                 // C, a multiple of kKvSlotMultiple
-  int64_t head_dim = 0;              // D
-  DType weight_dtype = DType::kF32;  // the model's: attention may round to it
+  int64_t heads = 0;     // K
+  int64_t slots = 0;     // C, a multiple of kKvSlotMultiple
+  int64_t head_dim = 0;  // D
 };
 
 // What each row of a pass may attend to: the slots [0, prefix_length[i]), in order, and then, if
@@ -124,6 +123,8 @@ class Backend {
   // linear_swiglu may be of this type or of activation_dtype(). Rows begin at multiples of 4 bytes.
   virtual DType input_dtype(DType weight_dtype) const = 0;
   virtual DType kv_dtype(DType weight_dtype) const = 0;
+  // Of a layer's keys, and of its values.
+  virtual size_t kv_bytes(const KvLayer& layer) const = 0;
 
   // 0: prompt rows are as invariant as all others. Else prompts are computed in chunks that begin
   // at multiples of this, and a later prompt may keep whole chunks only: then keys and values are a

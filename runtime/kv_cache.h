@@ -19,19 +19,14 @@ struct KvCache {
 
   void layout(const Backend& backend, Arena& arena, const char* plan_name,
               const ModelConfig& config, DType weight_dtype, int64_t slots) {
-    const DType dtype = backend.kv_dtype(weight_dtype);
-    layers.resize(static_cast<size_t>(config.num_layers));
     slots = (slots + kKvSlotMultiple - 1) / kKvSlotMultiple * kKvSlotMultiple;
-    const size_t bytes =
-        static_cast<size_t>(config.num_kv_heads * slots * config.head_dim) * dtype_size(dtype);
+    const KvLayer planned{
+        nullptr, nullptr,        backend.kv_dtype(weight_dtype), config.num_kv_heads,
+        slots,   config.head_dim};
+    layers.assign(static_cast<size_t>(config.num_layers), planned);
     for (KvLayer& layer : layers) {
-      layer = {arena.take(plan_name, bytes),
-               arena.take(plan_name, bytes),
-               dtype,
-               config.num_kv_heads,
-               slots,
-               config.head_dim,
-               weight_dtype};
+      layer.keys = arena.take(plan_name, backend.kv_bytes(layer));
+      layer.values = arena.take(plan_name, backend.kv_bytes(layer));
     }
   }
 };

@@ -6,19 +6,33 @@
 
 #include "check.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/kv_layout.h"
 #include "cpu/workspace.h"
 
 namespace frspec::cpu {
+
+size_t CpuBackend::kv_bytes(const KvLayer& layer) const {
+  const int64_t elements = layer.dtype == DType::kBF16
+                               ? PairedKv::head_elements(layer.slots, layer.head_dim)
+                               : PlainKv::head_elements(layer.slots, layer.head_dim);
+  return static_cast<size_t>(layer.heads * elements) * dtype_size(layer.dtype);
+}
+
+void CpuBackend::check_dtype(const char* op, const KvLayer& kv) const {
+  FRSPEC_CHECK(
+      kv.dtype == DType::kF32 || (kv.dtype == DType::kBF16 && kernels_.bf16_attention != nullptr),
+      Error, op, ": ", kernels_.name, " has no KV cache in ", dtype_name(kv.dtype));
+}
 
 void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
                            const Visible& visible, Rows) {
   const int64_t rows = q.rows;
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;
-  FRSPEC_CHECK(
-      kv.dtype == DType::kF32 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim,
-      Error, "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
-      ", found ", head_dim);
+  FRSPEC_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, Error,
+               "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
+               ", found ", head_dim);
+  check_dtype("attention", kv);
   FRSPEC_CHECK(kv.heads > 0 && query_heads % kv.heads == 0 && query_heads * head_dim == q.cols &&
                    out.cols == q.cols && out.rows == rows,
                Error, "attention: q [", rows, ", ", q.cols, "] does not fit ", kv.heads,
@@ -52,9 +66,8 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   const int64_t tiles = (rows + tile - 1) / tile;
 
   const bool rounds = out.dtype == DType::kBF16;
-  const auto attention = kv.weight_dtype == DType::kBF16 && kernels_.bf16_attention != nullptr
-                             ? kernels_.bf16_attention
-                             : kernels_.attention;
+  const auto attention = kv.dtype == DType::kBF16 ? kernels_.bf16_attention : kernels_.attention;
+  const int64_t head_bytes = static_cast<int64_t>(kv_bytes(kv)) / kv.heads;
   pool_.parallel_for(
       tiles * kv.heads * split_tasks, 1, [&](int64_t begin, int64_t end, int thread) {
         for (int64_t i = begin; i < end; ++i) {
@@ -68,8 +81,8 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
           task.out_stride = rounds ? heads * head_dim : out.stride;
           task.q = q.row<float>(row) + column;
           task.q_stride = q.stride;
-          task.keys = static_cast<const float*>(kv.keys) + head * kv.slots * head_dim;
-          task.values = static_cast<const float*>(kv.values) + head * kv.slots * head_dim;
+          task.keys = static_cast<const char*>(kv.keys) + head * head_bytes;
+          task.values = static_cast<const char*>(kv.values) + head * head_bytes;
           task.prefix_length = visible.prefix_length + row;
           task.ancestor_words = visible.ancestor_words;
           if (visible.ancestor_words > 0) {

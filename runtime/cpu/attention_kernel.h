@@ -118,8 +118,8 @@ class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
         softmax(query, count);
       }
     }
-    product(s_.scores, kKvBlock, queries_, task_.values + base * head_dim, head_dim, shared,
-            head_dim, s_.block, head_dim);
+    product(s_.scores, kKvBlock, queries_, values() + base * head_dim, head_dim, shared, head_dim,
+            s_.block, head_dim);
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
       if (count > shared) weigh_own(r, base, shared, count);
@@ -131,7 +131,8 @@ class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
   void score_slots(int64_t base, int64_t first, int64_t end) {
     first = first / kScoreWidth * kScoreWidth;
     const int64_t columns = (end - first + kScoreWidth - 1) / kScoreWidth * kScoreWidth;
-    product(s_.q, task_.head_dim, queries_, task_.keys + base * task_.head_dim + first, kKvBlock,
+    product(s_.q, task_.head_dim, queries_,
+            static_cast<const float*>(task_.keys) + base * task_.head_dim + first, kKvBlock,
             task_.head_dim, columns, s_.scores + first, kKvBlock);
   }
 
@@ -163,7 +164,8 @@ class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
   void weigh_own(int64_t r, int64_t base, int64_t first, int64_t end) {
     const int64_t head_dim = task_.head_dim;
     const float* rows[kKvBlock];
-    for (int64_t j = first; j < end; ++j) rows[j] = values_at(r, base + j);
+    for (int64_t j = first; j < end; ++j)
+      rows[j] = values() + slot_at(r, base + j) * task_.head_dim;
     for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
       const float* weights = s_.scores + query * kKvBlock;
       for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {
@@ -179,6 +181,8 @@ class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
   }
 
   void end_split() {}
+
+  const float* values() const { return static_cast<const float*>(task_.values); }
 
   static constexpr int64_t kScoreWidth = 2 * Simd::kLanes;
 };

@@ -143,12 +143,10 @@ class AttentionTile {
 
   int64_t ancestor_count(int64_t r) const { return visible_[r] - task_.prefix_length[r]; }
 
-  // The values at a logical position of row r.
-  const float* values_at(int64_t r, int64_t position) const {
+  // The slot of a logical position of row r.
+  int64_t slot_at(int64_t r, int64_t position) const {
     const int64_t prefix = task_.prefix_length[r];
-    const int64_t slot =
-        position < prefix ? position : s_.ancestor_slots[r * kMaxAncestors + position - prefix];
-    return task_.values + slot * task_.head_dim;
+    return position < prefix ? position : s_.ancestor_slots[r * kMaxAncestors + position - prefix];
   }
 
   static int64_t clamp(int64_t count) {

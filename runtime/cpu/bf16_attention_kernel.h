@@ -1,11 +1,11 @@
 // Attention for models in bf16, with vdpbf16ps: queries, keys, values and softmax weights are
 // rounded to bf16, products are summed in fp32, at twice the rate of attention_kernel.h.
 //
-// The keys and values of a block of the cache are packed as the weights of a linear are, and both
-// products are multiply(). Within a split the softmax is the running one of FlashAttention (arXiv
-// 2205.14135): what is summed so far is scaled down when a block brings a larger score. Positions
-// are multiplied in pairs of logical positions, so a result depends on the row's query and the keys
-// and values at its logical positions alone, as in attention_kernel.h.
+// The cache keeps keys and values as the weights of a linear are packed (PairedKv in kv_layout.h),
+// so that both products are multiply(). Within a split the softmax is the running one of
+// FlashAttention (arXiv 2205.14135): what is summed so far is scaled down when a block brings a
+// larger score. Positions are multiplied in pairs of logical positions, so a result depends on the
+// row's query and the keys and values at its logical positions alone, as in attention_kernel.h.
 #pragma once
 
 #include "cpu/attention_tile.h"
@@ -13,18 +13,6 @@
 #include "cpu/linear_kernel.h"
 
 namespace frspec::cpu::FRSPEC_ISA {
-
-// The two halves of each 32 bits: low and high, rounded.
-FRSPEC_INLINE Simd::F bf16_pairs(Simd::F low, Simd::F high) {
-  static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                               21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                               11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-  __m512i halves;
-  __builtin_memcpy(&halves, &rounded, sizeof(halves));
-  const __m512i pairs = _mm512_permutexvar_epi16(_mm512_loadu_si512(kInterleave), halves);
-  return _mm512_castsi512_ps(pairs);
-}
 
 // 2^x within 5e-5 of itself for x in [-126, 0], which is finer than the bf16 it is rounded to; 0
 // below; NaN stays NaN. x = n + r with |r| <= 1 / 2, and 2^r by its Taylor polynomial of degree 4.
@@ -49,16 +37,12 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
   friend class AttentionTile<BF16AttentionTile>;
   using Weights = BF16PairWeights;
 
-  static constexpr int64_t kOutputs = 2 * Simd::kLanes;  // of a panel
+  static constexpr int64_t kOutputs = kKvPanel;
+  static_assert(kKvPanel == 2 * Simd::kLanes);
+  static constexpr int64_t kValuePanel = kKvBlock / 2 * Weights::kGroupBytes;
   static constexpr int64_t kWeightStride = kKvBlock / 2;
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2 = 0.69314718f;
-
-  // Whether packing a block fetches the next one, which the products leave time for. A full tile is
-  // one of many over the same keys, which are in a cache already.
-  bool fetches_ahead(int64_t base) const {
-    return base + kKvBlock < longest_ && queries_ + task_.heads <= kAttentionQueries;
-  }
 
   int64_t query_stride() const { return (task_.head_dim + 15) / 16 * 8; }
   int64_t head_panels() const { return (task_.head_dim + kOutputs - 1) / kOutputs; }
@@ -89,9 +73,8 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
     // The pairs that all rows see are multiplied for all at once, and then each row's own.
     const int64_t shared = clamp(least_prefix_ - base) / 2 * 2;
     if (shared > 0) {
-      pack_values(base, shared);
-      multiply<Weights>({s_.packed, shared / 2 * Weights::kGroupBytes, head_panels(), s_.weights,
-                         kWeightStride, queries_, shared, s_.block, true});
+      multiply<Weights>({values_at(base, 0), kValuePanel, head_panels(), s_.weights, kWeightStride,
+                         queries_, shared, s_.block, true});
     }
     for (int64_t r = 0; r < task_.rows; ++r) {
       const int64_t count = clamp(visible_[r] - base);
@@ -110,31 +93,13 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
     }
   }
 
-  // Panels of 32 slots, by pairs of D. Columns around first ... end - 1 hold whatever the cache
-  // does.
+  // Columns around first ... end - 1 hold whatever the cache does.
   void score_slots(int64_t base, int64_t first, int64_t end) {
     first = first / kOutputs * kOutputs;
-    const float* keys = task_.keys + base * task_.head_dim;
-    const int64_t panel = task_.head_dim / 2 * kOutputs;
-    const int64_t block = task_.head_dim * kKvBlock;
-    const bool ahead = fetches_ahead(base);
-    for (int64_t d = 0; d < task_.head_dim; d += 2) {  // as they lie in memory
-      float* to = s_.packed + d / 2 * kOutputs;
-      for (int64_t column = first; column < end; column += kOutputs, to += panel) {
-        const float* low = keys + d * kKvBlock + column;
-        const float* high = low + kKvBlock;
-        for (int64_t j = 0; j < kOutputs; j += Simd::kLanes) {
-          if (ahead) {
-            Simd::prefetch(low + j + block);
-            Simd::prefetch(high + j + block);
-          }
-          Simd::store(to + j, bf16_pairs(Simd::load(low + j), Simd::load(high + j)));
-        }
-      }
-    }
-    multiply<Weights>({s_.packed, task_.head_dim / 2 * Weights::kGroupBytes,
-                       (end - first + kOutputs - 1) / kOutputs, s_.q, query_stride(), queries_,
-                       task_.head_dim, s_.scores + first * queries_});
+    const int64_t panel = task_.head_dim / 2 * Weights::kGroupBytes;
+    const char* keys = static_cast<const char*>(task_.keys) + (base + first) / kOutputs * panel;
+    multiply<Weights>({keys, panel, (end - first + kOutputs - 1) / kOutputs, s_.q, query_stride(),
+                       queries_, task_.head_dim, s_.scores + first * queries_});
   }
 
   float* score_at(int64_t query, int64_t column) {
@@ -191,31 +156,26 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
     }
   }
 
-  // Panels of 32 elements of D, by pairs of positions; count is even.
-  void pack_values(int64_t base, int64_t count) {
-    const float* values = task_.values + base * task_.head_dim;
-    const int64_t panel = count / 2 * kOutputs;
-    const int64_t block = task_.head_dim * kKvBlock;
-    const bool ahead = fetches_ahead(base);
-    for (int64_t j = 0; j < count; j += 2) {
-      float* to = s_.packed + j / 2 * kOutputs;
-      const float* low = values + j * task_.head_dim;
-      for (int64_t d = 0; d < task_.head_dim; d += kOutputs, to += panel) {
-        for (int64_t i = 0; i < kOutputs; i += Simd::kLanes) {
-          if (ahead) {
-            Simd::prefetch(low + d + i + block);
-            Simd::prefetch(low + d + i + block + task_.head_dim);
-          }
-          Simd::store(to + i, value_pairs(low, low + task_.head_dim, d + i));
-        }
-      }
-    }
+  // Where the pair that a slot belongs to has element d of its values.
+  const char* values_at(int64_t slot, int64_t d) const {
+    const int64_t block = slot / kKvBlock * head_panels() + d / kOutputs;
+    return static_cast<const char*>(task_.values) + block * kValuePanel +
+           slot % kKvBlock / 2 * Weights::kGroupBytes + d % kOutputs * 4;
   }
 
-  Simd::F value_pairs(const float* low, const float* high, int64_t d) const {
-    const int64_t lanes = task_.head_dim - d > 0 ? task_.head_dim - d : 0;
-    const Simd::F second = high != nullptr ? Simd::load_partial(high + d, lanes) : Simd::zero();
-    return bf16_pairs(Simd::load_partial(low + d, lanes), second);
+  // Elements d ... d + lanes - 1 of the values of two slots, by pairs; of one and zeros if there is
+  // no second (-1).
+  Simd::F value_pairs(int64_t slot, int64_t second, int64_t d) const {
+    const __m512i one = _mm512_loadu_si512(values_at(slot, d));
+    __m512i pairs = slot % 2 == 0 ? _mm512_and_si512(one, _mm512_set1_epi32(0xffff))
+                                  : _mm512_srli_epi32(one, 16);
+    if (second >= 0) {
+      const __m512i other = _mm512_loadu_si512(values_at(second, d));
+      const __m512i high = second % 2 == 0 ? _mm512_slli_epi32(other, 16)
+                                           : _mm512_andnot_si512(_mm512_set1_epi32(0xffff), other);
+      pairs = _mm512_or_si512(pairs, high);
+    }
+    return _mm512_castsi512_ps(pairs);
   }
 
   // Adds the weighted values of positions first ... end - 1 of the block to row r's sums; first is
@@ -223,8 +183,8 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
   void weigh_own(int64_t r, int64_t base, int64_t first, int64_t end) {
     for (int64_t d = 0; d < task_.head_dim; d += Simd::kLanes) {
       for (int64_t j = first; j < end; j += 2) {
-        const float* high = j + 1 < end ? values_at(r, base + j + 1) : nullptr;
-        Simd::store(s_.packed + j / 2 * Simd::kLanes, value_pairs(values_at(r, base + j), high, d));
+        const int64_t second = j + 1 < end ? slot_at(r, base + j + 1) : -1;
+        Simd::store(s_.packed + j / 2 * Simd::kLanes, value_pairs(slot_at(r, base + j), second, d));
       }
       for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
         const float* weights = s_.weights + query * kWeightStride;

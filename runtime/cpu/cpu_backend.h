@@ -1,4 +1,5 @@
-// The CPU backend: fp32 activations and KV cache, weights packed into panels, a fixed thread pool.
+// The CPU backend: fp32 residual stream, weights packed into panels, a fixed thread pool. What else
+// is in fp32, and what in bf16, depends on the instruction set: input_dtype(), kv_dtype().
 // The ops are implemented in the files of their names; the arithmetic is in the *_kernel.h files,
 // compiled once per instruction set (kernels.h).
 #pragma once
@@ -44,7 +45,11 @@ class CpuBackend final : public Backend {
   DType input_dtype(DType weight_dtype) const override {
     return kernels_.rounds_rows[static_cast<int>(weight_dtype)] ? DType::kBF16 : DType::kF32;
   }
-  DType kv_dtype(DType) const override { return DType::kF32; }
+  DType kv_dtype(DType weight_dtype) const override {
+    return weight_dtype == DType::kBF16 && kernels_.bf16_attention != nullptr ? DType::kBF16
+                                                                              : DType::kF32;
+  }
+  size_t kv_bytes(const KvLayer& layer) const override;
   int64_t prompt_chunk() const override { return 0; }
   int64_t length_bound(int64_t length) const override { return length; }
   void layout(Arena& arena, const WorkspaceLimits& limits) override;
@@ -103,6 +108,7 @@ class CpuBackend final : public Backend {
     int64_t stride;  // in 32-bit units
   };
   InputRows input_rows(const Tensor& x, DType weight_dtype);
+  void check_dtype(const char* op, const KvLayer& kv) const;
   template <typename Body>
   void for_panel_groups(int64_t rows, int64_t panels, const Body& body);
   void find_likeliest(const Tensor& logits);

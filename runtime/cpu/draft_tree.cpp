@@ -1,11 +1,11 @@
 // The tree: the shared functions of draft_tree.h, and the KV rows of the accepted path.
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <utility>
 
 #include "check.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/kv_layout.h"
 #include "draft_tree.h"
 
 namespace frspec::cpu {
@@ -39,6 +39,22 @@ void keep_best(const float* scores, int32_t first, int count, int keep, int32_t*
   for (int size = keep - 1; size > 0; --size) {
     std::swap(kept[0], kept[size]);
     sift_down(scores, kept, size, 0);
+  }
+}
+
+// Copies keys and values.
+template <typename Layout>
+void copy_slot(const KvLayer& layer, int64_t from, int64_t to) {
+  using Element = typename Layout::Element;
+  const int64_t head_dim = layer.head_dim;
+  const int64_t head_elements = Layout::head_elements(layer.slots, head_dim);
+  for (int64_t head = 0; head < layer.heads; ++head) {
+    Element* keys = static_cast<Element*>(layer.keys) + head * head_elements;
+    Element* values = static_cast<Element*>(layer.values) + head * head_elements;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      keys[Layout::key(head_dim, to, d)] = keys[Layout::key(head_dim, from, d)];
+      values[Layout::value(head_dim, to, d)] = values[Layout::value(head_dim, from, d)];
+    }
   }
 }
 
@@ -88,22 +104,10 @@ void CpuBackend::plant_tree(const DraftTree& tree, const Plant* plant) {
 void CpuBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                            const int32_t* path, const int32_t* path_length) {
   for (int64_t l = 0; l < layer_count; ++l) {
-    const KvLayer& layer = layers[l];
-    const int64_t head_dim = layer.head_dim;
-    for (int64_t head = 0; head < layer.heads; ++head) {
-      float* keys = static_cast<float*>(layer.keys) + head * layer.slots * head_dim;
-      float* values = static_cast<float*>(layer.values) + head * layer.slots * head_dim;
-      const auto key = [&](int64_t slot) {  // its column; elements are kKvBlock apart
-        return keys + slot / kKvBlock * kKvBlock * head_dim + slot % kKvBlock;
-      };
-      for (int32_t j = 0; j < *path_length; ++j) {
-        if (path[j] == j) continue;
-        const float* from = key(*base + path[j]);
-        float* to = key(*base + j);
-        for (int64_t d = 0; d < head_dim; ++d) to[d * kKvBlock] = from[d * kKvBlock];
-        std::memcpy(values + (*base + j) * head_dim, values + (*base + path[j]) * head_dim,
-                    static_cast<size_t>(head_dim) * sizeof(float));
-      }
+    for (int32_t j = 0; j < *path_length; ++j) {
+      if (path[j] == j) continue;
+      const auto copy = layers[l].dtype == DType::kBF16 ? copy_slot<PairedKv> : copy_slot<PlainKv>;
+      copy(layers[l], *base + path[j], *base + j);
     }
   }
 }

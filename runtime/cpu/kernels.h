@@ -65,6 +65,7 @@ struct FinishSwigluTask {
 // the sum does not depend on anything else.
 constexpr int64_t kKvBlock = 128;
 constexpr int64_t kAttentionSplit = 512;
+constexpr int64_t kKvPanel = 32;  // outputs of a panel of the cache in bf16 (kv_layout.h)
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxAncestors = 256;     // of a row
 constexpr int64_t kAttentionQueries = 64;  // query heads of all rows of a task
@@ -84,7 +85,7 @@ struct AttentionScratch {
   float split_max[kAttentionQueries], split_sum[kAttentionQueries];
   float total_max[kAttentionQueries], total_sum[kAttentionQueries];
   // For bf16_attention alone.
-  float packed[kKvBlock * kMaxHeadDim / 2];         // keys or values of a block, as panels
+  float packed[kKvBlock / 2 * kKvPanel / 2];        // values of a row's own positions, by pairs
   float weights[kAttentionQueries * kKvBlock / 2];  // [queries, kKvBlock]
   float factors[kAttentionQueries];                 // what a block leaves of the sums so far
 };
@@ -95,8 +96,8 @@ struct AttentionTask {
   int64_t out_stride;
   const float* q;
   int64_t q_stride;
-  const float* keys;             // of the key/value head: [slots / kKvBlock, D, kKvBlock]
-  const float* values;           // [slots, D]
+  const void* keys;  // of the key/value head (kv_layout.h)
+  const void* values;
   const int32_t* prefix_length;  // [rows]
   const uint64_t* ancestors;     // [rows, ancestor_words]
   int64_t ancestor_words;
@@ -136,7 +137,7 @@ struct Kernels {
                  int64_t half);
 
   void (*attention)(const AttentionTask& task);
-  // The same for models in bf16, or null: then attention() is for them, too.
+  // The same over a cache in bf16, or null: then caches are in fp32.
   void (*bf16_attention)(const AttentionTask& task);
   // out[D] from the partial results [splits, D + 2] of one query head.
   void (*merge_splits)(float* out, float* partial, int64_t splits, int64_t stride, int64_t head_dim,

@@ -7,11 +7,13 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend.h"
 #include "cpu/convert.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/kv_layout.h"
 #include "random.h"
 
 namespace frspec::cpu {
@@ -78,8 +80,17 @@ inline bool equal_bits(const float* a, const float* b, int64_t count) {
   return std::memcmp(a, b, static_cast<size_t>(count) * sizeof(float)) == 0;
 }
 
-// Keys and values of random tokens, and the same as the CPU backend keeps them: the keys of
-// kKvBlock slots transposed.
+// The KV caches of an instruction set: in fp32, and in bf16 where it has kernels for that.
+inline std::vector<std::pair<const Kernels*, DType>> all_kv_caches() {
+  std::vector<std::pair<const Kernels*, DType>> result;
+  for (const Kernels* kernels : all_kernels()) {
+    result.emplace_back(kernels, DType::kF32);
+    if (kernels->bf16_attention != nullptr) result.emplace_back(kernels, DType::kBF16);
+  }
+  return result;
+}
+
+// Keys and values of random tokens, and the same as the CPU backend keeps them (kv_layout.h).
 class TestKv {
  public:
   TestKv(int64_t heads, int64_t slots, int64_t head_dim, Random& random)
@@ -87,8 +98,7 @@ class TestKv {
         slots_((slots + kKvBlock - 1) / kKvBlock * kKvBlock),
         head_dim_(head_dim),
         keys_(heads * slots_, head_dim, random, 0.7f),
-        values_(heads * slots_, head_dim, random),
-        packed_(static_cast<size_t>(heads * slots_ * head_dim)) {}
+        values_(heads * slots_, head_dim, random) {}
   float* key(int64_t head, int64_t slot) { return keys_.row(head * slots_ + slot); }
   float* value(int64_t head, int64_t slot) { return values_.row(head * slots_ + slot); }
   int64_t heads() const { return heads_; }
@@ -99,35 +109,50 @@ class TestKv {
       std::copy_n(value(h, from), head_dim_, value(h, to));
     }
   }
-  KvLayer pack(DType weight_dtype = DType::kF32) {
-    for_each_key([](float& key, float& packed) { packed = key; });
-    KvLayer packed = layer();
-    packed.weight_dtype = weight_dtype;
-    return packed;
+  KvLayer pack(DType dtype = DType::kF32) {
+    dtype_ = dtype;
+    const int64_t elements = dtype == DType::kBF16 ? PairedKv::head_elements(slots_, head_dim_)
+                                                   : PlainKv::head_elements(slots_, head_dim_);
+    for (std::vector<float>& packed : packed_) {
+      packed.assign(static_cast<size_t>(heads_ * elements), 0.0f);
+    }
+    for_each([&](float& value, void* packed) { convert(packed, dtype, &value, DType::kF32, 1); });
+    return {packed_[0].data(), packed_[1].data(), dtype, heads_, slots_, head_dim_};
   }
   // What an op has written to the layer.
   void unpack() {
-    for_each_key([](float& key, float& packed) { key = packed; });
+    for_each([&](float& value, void* packed) { convert(&value, DType::kF32, packed, dtype_, 1); });
   }
 
  private:
-  KvLayer layer() {
-    return {packed_.data(), values_.row(0), DType::kF32, heads_, slots_, head_dim_};
-  }
   template <typename Body>
-  void for_each_key(const Body& body) {
+  void for_each(const Body& body) {
+    if (dtype_ == DType::kBF16) {
+      for_each_of<PairedKv>(body);
+    } else {
+      for_each_of<PlainKv>(body);
+    }
+  }
+  template <typename Layout, typename Body>
+  void for_each_of(const Body& body) {
+    using Element = typename Layout::Element;
     for (int64_t h = 0; h < heads_; ++h) {
+      const int64_t first = h * Layout::head_elements(slots_, head_dim_);
+      Element* keys = reinterpret_cast<Element*>(packed_[0].data()) + first;
+      Element* values = reinterpret_cast<Element*>(packed_[1].data()) + first;
       for (int64_t slot = 0; slot < slots_; ++slot) {
-        const int64_t column = slot % kKvBlock;
-        float* packed = packed_.data() + (h * slots_ + slot - column) * head_dim_ + column;
-        for (int64_t d = 0; d < head_dim_; ++d) body(key(h, slot)[d], packed[d * kKvBlock]);
+        for (int64_t d = 0; d < head_dim_; ++d) {
+          body(key(h, slot)[d], keys + Layout::key(head_dim_, slot, d));
+          body(value(h, slot)[d], values + Layout::value(head_dim_, slot, d));
+        }
       }
     }
   }
 
   int64_t heads_, slots_, head_dim_;
   Matrix keys_, values_;
-  std::vector<float> packed_;
+  DType dtype_ = DType::kF32;
+  std::vector<float> packed_[2];  // keys, values
 };
 
 // A packed weight, with the values that it holds (rounded to its type) in fp32.

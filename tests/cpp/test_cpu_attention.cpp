@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <utility>
 #include <vector>
 
 #include "attention_reference.h"
@@ -29,17 +28,7 @@ WorkspaceLimits limits_for(const Shape& shape, int64_t rows, int64_t visible) {
   return limits;
 }
 
-// The kernels with models in fp32, and in bf16 where that makes a difference.
-std::vector<std::pair<const Kernels*, DType>> variants() {
-  std::vector<std::pair<const Kernels*, DType>> result;
-  for (const Kernels* kernels : all_kernels()) {
-    result.emplace_back(kernels, DType::kF32);
-    if (kernels->bf16_attention != nullptr) result.emplace_back(kernels, DType::kBF16);
-  }
-  return result;
-}
-
-double tolerance(DType weights) { return weights == DType::kBF16 ? 2e-2 : 2e-5; }
+double tolerance(DType dtype) { return dtype == DType::kBF16 ? 2e-2 : 2e-5; }
 
 double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View& view,
                    const Shape& shape) {
@@ -54,9 +43,9 @@ double worst_error(const Matrix& out, const Matrix& q, TestKv& cache, const View
 }  // namespace
 
 TEST_CASE("attention over a prefix equals the double-precision formula") {
-  for (const auto& [kernels, weights] : variants()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     CAPTURE(kernels->name);
-    CAPTURE(weights);
+    CAPTURE(dtype_name(dtype));
     for (const Shape& shape : kShapes) {
       CAPTURE(shape.head_dim);
       TestBackend backend(*kernels, 2, limits_for(shape, 80, 1400));
@@ -69,10 +58,10 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
           View view;
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols(), 1);
-          backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
           CAPTURE(n);
           CAPTURE(before);
-          CHECK(worst_error(out, q, cache, view, shape) < tolerance(weights));
+          CHECK(worst_error(out, q, cache, view, shape) < tolerance(dtype));
         }
       }
     }
@@ -80,9 +69,9 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
 }
 
 TEST_CASE("attention over trees of any size equals the double-precision formula") {
-  for (const auto& [kernels, weights] : variants()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     CAPTURE(kernels->name);
-    CAPTURE(weights);
+    CAPTURE(dtype_name(dtype));
     for (const Shape& shape : kShapes) {
       TestBackend backend(*kernels, 2, limits_for(shape, 100, 1000));
       for (const int64_t nodes : {1, 59, 63, 64, 65, 100}) {
@@ -95,10 +84,10 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
           view.tree_base = base;
           for (const auto& path : random_paths(nodes, random)) view.add(base, path);
           Matrix out(nodes, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
           CAPTURE(nodes);
           CAPTURE(base);
-          CHECK(worst_error(out, q, cache, view, shape) < tolerance(weights));
+          CHECK(worst_error(out, q, cache, view, shape) < tolerance(dtype));
         }
       }
     }
@@ -106,9 +95,9 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
 }
 
 TEST_CASE("a row of attention has the same bits alone and among others, for every thread count") {
-  for (const auto& [kernels, weights] : variants()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     CAPTURE(kernels->name);
-    CAPTURE(weights);
+    CAPTURE(dtype_name(dtype));
     for (const Shape& shape : {kShapes[1], kShapes[2], kShapes[4]}) {
       constexpr int32_t kBase = 1270;
       constexpr int64_t kNodes = 70;
@@ -126,7 +115,7 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
             view.tree_base = kBase;
             for (int64_t r = 0; r < n; ++r) view.add(kBase, paths[static_cast<size_t>(first + r)]);
             Matrix out(n, q.cols());
-            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(weights),
+            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(dtype),
                                view.visible());
             bool same = true;
             for (int64_t r = 0; r < n; ++r) {
@@ -146,9 +135,9 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
 }
 
 TEST_CASE("attention has the same bits whether ancestors are committed or still in the tree") {
-  for (const auto& [kernels, weights] : variants()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     CAPTURE(kernels->name);
-    CAPTURE(weights);
+    CAPTURE(dtype_name(dtype));
     for (const Shape& shape : {kShapes[0], kShapes[3], kShapes[5]}) {
       TestBackend backend(*kernels, 2, limits_for(shape, 80, 1200));
       for (const int32_t base : {0, 30, 122, 125, 508, 1021}) {
@@ -162,7 +151,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
         view.tree_base = base;
         for (const auto& path : paths) view.add(base, path);
         Matrix in_tree(kNodes, q.cols());
-        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(weights), view.visible());
+        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(dtype), view.visible());
 
         const size_t node = kNodes - 1;
         const std::vector<int32_t>& path = paths[node];
@@ -182,7 +171,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
           }
           Matrix out(1, q.cols());
           backend->attention(out.tensor(), q.tensor().row_slice(static_cast<int64_t>(node), 1),
-                             moved.pack(weights), flat.visible());
+                             moved.pack(dtype), flat.visible());
           CAPTURE(base);
           CAPTURE(committed);
           CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
@@ -195,7 +184,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
 TEST_CASE("NaN behind a row's prefix does not reach the row") {
   const Shape shape{4, 2, 16};
   constexpr int32_t kRows = 24;  // of two tiles
-  for (const auto& [kernels, weights] : variants()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     TestBackend backend(*kernels, 1, limits_for(shape, kRows, 200));
     Random random(2);
     TestKv cache(shape.heads, 160, shape.head_dim, random);
@@ -206,7 +195,7 @@ TEST_CASE("NaN behind a row's prefix does not reach the row") {
     View view;
     for (int32_t r = 0; r < kRows; ++r) view.add(133 - kRows + 2 + r, {});
     Matrix out(kRows, 64);  // the last row sees slot 133
-    backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
+    backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
     for (int64_t i = 0; i < 64; ++i) {
       for (int32_t r = 0; r < kRows - 1; ++r) CHECK(std::isfinite(out.row(r)[i]));
       CHECK(std::isnan(out.row(kRows - 1)[i]));

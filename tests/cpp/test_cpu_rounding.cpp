@@ -111,7 +111,7 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
   const test::AttentionShape shape{6, 2, 24};
   for (const Kernels* kernels : rounding_kernels()) {
     CAPTURE(kernels->name);
-    for (const DType weights : {DType::kF32, DType::kBF16}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
       for (const int32_t before : {0, 200, 1300}) {
         for (const int64_t n : {1, 9, 65}) {
           WorkspaceLimits limits = limits_for(n, shape.query_heads * shape.head_dim);
@@ -125,8 +125,8 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols());
           Rounded rounded(n, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.pack(weights), view.visible());
-          backend->attention(rounded.tensor(), q.tensor(), cache.pack(weights), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+          backend->attention(rounded.tensor(), q.tensor(), cache.pack(dtype), view.visible());
           CAPTURE(n);
           CAPTURE(before);
           CHECK(rounded.equals(out));

@@ -72,8 +72,9 @@ TEST_CASE("add_silu adds y / (1 + exp(-y))") {
 }
 
 TEST_CASE("rope_and_append rotates by halves and places keys and values") {
-  for (const Kernels* kernels : all_kernels()) {
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
     CAPTURE(kernels->name);
+    CAPTURE(dtype_name(dtype));
     for (const int64_t head_dim : {8, 24, 64, 80, 128}) {
       constexpr int64_t kQueryHeads = 6;
       constexpr int64_t kHeads = 2;
@@ -98,10 +99,11 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
         positions.push_back(49 - 2 * r);
         slots.push_back((r * 17 + 5) % kSlots);
       }
-      backend->rope_and_append(qkv.tensor(), kv.pack(), rope.tensor(), positions.data(),
+      backend->rope_and_append(qkv.tensor(), kv.pack(dtype), rope.tensor(), positions.data(),
                                slots.data());
       kv.unpack();
       double worst = 0;
+      double worst_key = 0;  // error over the magnitude
       const int64_t half = head_dim / 2;
       for (int64_t r = 0; r < kRows; ++r) {
         const size_t index = static_cast<size_t>(r);
@@ -110,19 +112,31 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
           const float* from = before.row(r) + h * head_dim;
           const float* got =
               h < kQueryHeads ? qkv.row(r) + h * head_dim : kv.key(h - kQueryHeads, slots[index]);
-          for (int64_t i = 0; i < half; ++i) {
-            const double c = turn[i];
-            const double s = turn[half + i];
-            worst = std::max(worst, std::fabs(from[i] * c - from[half + i] * s - got[i]));
-            worst = std::max(worst, std::fabs(from[half + i] * c + from[i] * s - got[half + i]));
+          for (int64_t i = 0; i < head_dim; ++i) {
+            const double c = turn[i % half];
+            const double s = i < half ? -turn[half + i] : turn[i];
+            const double want = from[i] * c + from[(i + half) % head_dim] * s;
+            const double error = std::fabs(want - got[i]);
+            if (h < kQueryHeads) {
+              worst = std::max(worst, error);
+            } else {
+              worst_key = std::max(worst_key, error / (std::fabs(want) + 1e-3));
+            }
           }
         }
         for (int64_t h = 0; h < kHeads; ++h) {
-          CHECK(equal_bits(kv.value(h, slots[index]),
-                           before.row(r) + (kQueryHeads + kHeads + h) * head_dim, head_dim));
+          const float* want = before.row(r) + (kQueryHeads + kHeads + h) * head_dim;
+          std::vector<float> rounded(want, want + head_dim);
+          if (dtype == DType::kBF16) {
+            std::vector<uint16_t> bf16(rounded.size());
+            convert(bf16.data(), dtype, want, DType::kF32, head_dim);
+            convert(rounded.data(), DType::kF32, bf16.data(), dtype, head_dim);
+          }
+          CHECK(equal_bits(kv.value(h, slots[index]), rounded.data(), head_dim));
         }
       }
       CHECK(worst < 1e-6);
+      CHECK(worst_key < (dtype == DType::kBF16 ? 0.0045 : 1e-3));
     }
   }
 }
@@ -140,29 +154,34 @@ TEST_CASE("gather_rows copies the named rows") {
 TEST_CASE("commit_kv moves the accepted path to the front, in every layer and head") {
   constexpr int64_t kHeads = 3;
   constexpr int32_t kSlots = 256;
-  constexpr int64_t kHeadDim = 8;
-  TestBackend backend(*kernels_portable(), 1, {});
-  Random random(1);
-  const int32_t base = 121;  // the path crosses a block of the cache
-  const int32_t path[] = {0, 2, 3, 9};
-  const int32_t length = 4;
-  std::vector<TestKv> caches(2, TestKv(kHeads, kSlots, kHeadDim, random));
-  caches[1] = TestKv(kHeads, kSlots, kHeadDim, random);
-  std::vector<TestKv> before = caches;
-  const KvLayer layers[] = {caches[0].pack(), caches[1].pack()};
-  backend->commit_kv(layers, 2, &base, path, &length);
-  for (size_t l = 0; l < 2; ++l) {
-    caches[l].unpack();
-    bool same = true;
-    for (int64_t h = 0; h < kHeads; ++h) {
-      for (int32_t slot = 0; slot < kSlots; ++slot) {
-        const int32_t j = slot - base;
-        const int32_t from = j >= 0 && j < length ? base + path[j] : slot;
-        same = same && equal_bits(caches[l].key(h, slot), before[l].key(h, from), kHeadDim);
-        same = same && equal_bits(caches[l].value(h, slot), before[l].value(h, from), kHeadDim);
+  constexpr int64_t kHeadDim = 40;
+  for (const auto& [kernels, dtype] : all_kv_caches()) {
+    CAPTURE(kernels->name);
+    CAPTURE(dtype_name(dtype));
+    TestBackend backend(*kernels, 1, {});
+    Random random(1);
+    const int32_t base = 121;  // the path crosses a block of the cache
+    const int32_t path[] = {0, 2, 3, 9};
+    const int32_t length = 4;
+    std::vector<TestKv> caches(2, TestKv(kHeads, kSlots, kHeadDim, random));
+    caches[1] = TestKv(kHeads, kSlots, kHeadDim, random);
+    const KvLayer layers[] = {caches[0].pack(dtype), caches[1].pack(dtype)};
+    for (TestKv& cache : caches) cache.unpack();  // rounded
+    std::vector<TestKv> before = caches;
+    backend->commit_kv(layers, 2, &base, path, &length);
+    for (size_t l = 0; l < 2; ++l) {
+      caches[l].unpack();
+      bool same = true;
+      for (int64_t h = 0; h < kHeads; ++h) {
+        for (int32_t slot = 0; slot < kSlots; ++slot) {
+          const int32_t j = slot - base;
+          const int32_t from = j >= 0 && j < length ? base + path[j] : slot;
+          same = same && equal_bits(caches[l].key(h, slot), before[l].key(h, from), kHeadDim);
+          same = same && equal_bits(caches[l].value(h, slot), before[l].value(h, from), kHeadDim);
+        }
       }
+      CHECK(same);
     }
-    CHECK(same);
   }
 }
 
