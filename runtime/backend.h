@@ -7,7 +7,8 @@
 //   C slots of a KV cache          k top-k of drafting
 //
 // Arguments: outputs first. Every pointer and Tensor points into backend memory (the arena that
-// `allocate` gave), unless its comment says host. Activations have `activation_dtype()`.
+// `allocate` gave), unless its comment says host. Activations have `activation_dtype()`,
+// or `input_dtype()` where only products read them.
 //
 // Ops may run later than their call returns, in the order of the calls; download() and
 // synchronize() wait for them.
@@ -120,7 +121,8 @@ class Backend {
   virtual TreeShape default_tree() const = 0;
   virtual DType activation_dtype(DType weight_dtype) const = 0;
   // Of activations that only products with such weights read: outputs of rms_norm, attention and
-  // linear_swiglu may be of this type or of activation_dtype(). Rows begin at multiples of 4 bytes.
+  // linear_swiglu may be of this type or of activation_dtype(). Rows begin at multiples of 4 bytes;
+  // behind an odd number of columns one more belongs to the ops, which keep a zero in it.
   virtual DType input_dtype(DType weight_dtype) const = 0;
   virtual DType kv_dtype(DType weight_dtype) const = 0;
   // Of a layer's keys, and of its values.

@@ -20,9 +20,11 @@ struct KvCache {
   void layout(const Backend& backend, Arena& arena, const char* plan_name,
               const ModelConfig& config, DType weight_dtype, int64_t slots) {
     slots = (slots + kKvSlotMultiple - 1) / kKvSlotMultiple * kKvSlotMultiple;
-    const KvLayer planned{
-        nullptr, nullptr,        backend.kv_dtype(weight_dtype), config.num_kv_heads,
-        slots,   config.head_dim};
+    KvLayer planned;
+    planned.dtype = backend.kv_dtype(weight_dtype);
+    planned.heads = config.num_kv_heads;
+    planned.slots = slots;
+    planned.head_dim = config.head_dim;
     layers.assign(static_cast<size_t>(config.num_layers), planned);
     for (KvLayer& layer : layers) {
       layer.keys = arena.take(plan_name, backend.kv_bytes(layer));

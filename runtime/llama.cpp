@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kRopeUploadRows = 1024;
 }
 
-void LayerWorkspace::layout(Backend& backend, Arena& arena, const char* plan_name,
+void LayerWorkspace::layout(const Backend& backend, Arena& arena, const char* plan_name,
                             DType weight_dtype, const ModelConfig& config, int64_t rows) {
   const DType dtype = backend.activation_dtype(weight_dtype);
   const auto input = [&](int64_t cols) {

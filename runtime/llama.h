@@ -43,7 +43,7 @@ struct LayerWorkspace {
   Tensor attended;  // [rows, H D]
   Tensor ffn;       // [rows, f]
 
-  void layout(Backend& backend, Arena& arena, const char* plan_name, DType weight_dtype,
+  void layout(const Backend& backend, Arena& arena, const char* plan_name, DType weight_dtype,
               const ModelConfig& config, int64_t rows);
 };
 

@@ -58,16 +58,28 @@ def _add_answers(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("answers", help="write the target's own answers, to train on")
     parser.add_argument("--questions", required=True, type=Path, help="file of conversations")
     parser.add_argument("--out", required=True, type=Path, help="JSON lines")
-    parser.add_argument("--limit", type=int, help="answers at most")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        help="answers at most; eight batches at a time go by length of question",
+    )
     parser.add_argument(
         "--max-prompt-tokens", type=int, default=512, help="longer questions are left out"
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--batch", type=int, default=128, help="answers written at a time")
+    parser.add_argument(
+        "--batch", type=_positive, default=128, help="answers written at a time (default: 128)"
+    )
     _add_device(parser)
     parser.set_defaults(run=_answers)
     return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
 
 
 def _answers(args: argparse.Namespace, progress: Progress) -> None:

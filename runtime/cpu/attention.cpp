@@ -18,7 +18,7 @@ size_t CpuBackend::kv_bytes(const KvLayer& layer) const {
   return static_cast<size_t>(layer.heads * elements) * dtype_size(layer.dtype);
 }
 
-void CpuBackend::check_dtype(const char* op, const KvLayer& kv) const {
+void CpuBackend::check_cache(const char* op, const KvLayer& kv) const {
   FRSPEC_CHECK(
       kv.dtype == DType::kF32 || (kv.dtype == DType::kBF16 && kernels_.bf16_attention != nullptr),
       Error, op, ": ", kernels_.name, " has no KV cache in ", dtype_name(kv.dtype));
@@ -32,7 +32,8 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   FRSPEC_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim, Error,
                "attention: the head dimension must be a multiple of 8 up to ", kMaxHeadDim,
                ", found ", head_dim);
-  check_dtype("attention", kv);
+  check_cache("attention", kv);
+  check_output("attention", out);
   FRSPEC_CHECK(kv.heads > 0 && query_heads % kv.heads == 0 && query_heads * head_dim == q.cols &&
                    out.cols == q.cols && out.rows == rows,
                Error, "attention: q [", rows, ", ", q.cols, "] does not fit ", kv.heads,

@@ -6,9 +6,9 @@
 // keys and values at its logical positions, and neither on their slots nor on which rows share the
 // tile.
 //
-// The cache keeps the keys of kKvBlock slots transposed [D, kKvBlock], so that both products have
-// their outputs in the lanes. What all rows of the tile see in the same slots is multiplied for all
-// of them at once; each row's own positions follow.
+// The cache is in fp32 and keeps the keys of kKvBlock slots transposed (PlainKv in kv_layout.h), so
+// that both products have their outputs in the lanes. What all rows of the tile see in the same
+// slots is multiplied for all of them at once; each row's own positions follow.
 #pragma once
 
 #include "cpu/attention_tile.h"
@@ -164,8 +164,7 @@ class FP32AttentionTile : public AttentionTile<FP32AttentionTile> {
   void weigh_own(int64_t r, int64_t base, int64_t first, int64_t end) {
     const int64_t head_dim = task_.head_dim;
     const float* rows[kKvBlock];
-    for (int64_t j = first; j < end; ++j)
-      rows[j] = values() + slot_at(r, base + j) * task_.head_dim;
+    for (int64_t j = first; j < end; ++j) rows[j] = values() + slot_at(r, base + j) * head_dim;
     for (int64_t query = r * task_.heads; query < (r + 1) * task_.heads; ++query) {
       const float* weights = s_.scores + query * kKvBlock;
       for (int64_t d = 0; d < head_dim; d += Simd::kLanes) {

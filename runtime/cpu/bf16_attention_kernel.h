@@ -44,7 +44,7 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
   static constexpr float kLog2E = 1.44269504f;
   static constexpr float kLn2 = 0.69314718f;
 
-  int64_t query_stride() const { return (task_.head_dim + 15) / 16 * 8; }
+  int64_t query_stride() const { return task_.head_dim / 2; }
   int64_t head_panels() const { return (task_.head_dim + kOutputs - 1) / kOutputs; }
 
   void take_queries() {
@@ -156,7 +156,8 @@ class BF16AttentionTile : public AttentionTile<BF16AttentionTile> {
     }
   }
 
-  // Where the pair that a slot belongs to has element d of its values.
+  // Where the pair that a slot belongs to has element d of its values: PairedKv::value, which these
+  // kernels may not call (kernels.h).
   const char* values_at(int64_t slot, int64_t d) const {
     const int64_t block = slot / kKvBlock * head_panels() + d / kOutputs;
     return static_cast<const char*>(task_.values) + block * kValuePanel +

@@ -43,7 +43,7 @@ class CpuBackend final : public Backend {
   TreeShape default_tree() const override { return {1, 3, 4}; }
   DType activation_dtype(DType) const override { return DType::kF32; }
   DType input_dtype(DType weight_dtype) const override {
-    return kernels_.rounds_rows[static_cast<int>(weight_dtype)] ? DType::kBF16 : DType::kF32;
+    return kernels_.rounds_inputs[static_cast<int>(weight_dtype)] ? DType::kBF16 : DType::kF32;
   }
   DType kv_dtype(DType weight_dtype) const override {
     return weight_dtype == DType::kBF16 && kernels_.bf16_attention != nullptr ? DType::kBF16
@@ -108,7 +108,8 @@ class CpuBackend final : public Backend {
     int64_t stride;  // in 32-bit units
   };
   InputRows input_rows(const Tensor& x, DType weight_dtype);
-  void check_dtype(const char* op, const KvLayer& kv) const;
+  void check_output(const char* op, const Tensor& out) const;
+  void check_cache(const char* op, const KvLayer& kv) const;
   template <typename Body>
   void for_panel_groups(int64_t rows, int64_t panels, const Body& body);
   void find_likeliest(const Tensor& logits);
@@ -129,7 +130,7 @@ class CpuBackend final : public Backend {
   float* accumulators_ = nullptr;  // [threads, rows of a block, outputs of a task]
   int64_t accumulators_per_thread_ = 0;
   uint16_t* rounded_rows_ = nullptr;               // [rows, in_features]
-  float* row_to_round_ = nullptr;                  // [threads, in_features]
+  float* rows_to_round_ = nullptr;                 // [threads, in_features]
   AttentionScratch* attention_scratch_ = nullptr;  // [threads]
   float* split_partials_ = nullptr;
   int64_t split_partials_size_ = 0;

@@ -104,10 +104,10 @@ void CpuBackend::plant_tree(const DraftTree& tree, const Plant* plant) {
 void CpuBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                            const int32_t* path, const int32_t* path_length) {
   for (int64_t l = 0; l < layer_count; ++l) {
+    check_cache("commit_kv", layers[l]);
+    const auto copy = layers[l].dtype == DType::kBF16 ? copy_slot<PairedKv> : copy_slot<PlainKv>;
     for (int32_t j = 0; j < *path_length; ++j) {
-      if (path[j] == j) continue;
-      const auto copy = layers[l].dtype == DType::kBF16 ? copy_slot<PairedKv> : copy_slot<PlainKv>;
-      copy(layers[l], *base + path[j], *base + j);
+      if (path[j] != j) copy(layers[l], *base + path[j], *base + j);
     }
   }
 }

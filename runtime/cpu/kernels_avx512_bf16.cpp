@@ -15,7 +15,7 @@ constexpr Kernels make_pairs_table(const char* name) {
   Kernels table = make_table(name);
   table.layouts[2] = pairs_layout();  // DType::kBF16
   table.multiply[2] = multiply<BF16PairWeights>;
-  table.rounds_rows[2] = true;
+  table.rounds_inputs[2] = true;
   table.round_rows = round_rows;
   table.bf16_attention = bf16_attention;
   return table;

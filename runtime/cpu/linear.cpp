@@ -9,8 +9,6 @@ namespace frspec::cpu {
 namespace {
 
 void check_product(const char* op, const Tensor& out, const Tensor& x, const LinearWeight& w) {
-  FRSPEC_CHECK(out.dtype == DType::kF32 || out.dtype == DType::kBF16, Error, op,
-               ": expected an output in fp32 or bf16, found ", dtype_name(out.dtype));
   FRSPEC_CHECK(out.rows == x.rows && x.cols == w.in_features && out.cols == w.out_features, Error,
                op, ": out [", out.rows, ", ", out.cols, "] does not fit x [", x.rows, ", ", x.cols,
                "] and weight [", w.out_features, ", ", w.in_features, "]");
@@ -23,6 +21,14 @@ int64_t panel_bytes(const Kernels& kernels, const LinearWeight& w) {
 }
 
 }  // namespace
+
+void CpuBackend::check_output(const char* op, const Tensor& out) const {
+  const bool rounds = out.dtype == DType::kBF16 && kernels_.round_rows != nullptr;
+  FRSPEC_CHECK(out.dtype == DType::kF32 || rounds, Error, op, ": ", kernels_.name,
+               " writes no activations in ", dtype_name(out.dtype));
+  FRSPEC_CHECK(!rounds || out.stride % 2 == 0, Error, op,
+               ": expected rows of whole 32-bit units, found ", out.stride, " bf16 elements");
+}
 
 CpuBackend::InputRows CpuBackend::input_rows(const Tensor& x, DType weight_dtype) {
   FRSPEC_CHECK(x.dtype == DType::kF32 || x.dtype == input_dtype(weight_dtype), Error,
@@ -107,6 +113,7 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
                                const LinearWeight& up, Rows) {
   check_product("linear_swiglu", out, x, gate);
   check_product("linear_swiglu", out, x, up);
+  check_output("linear_swiglu", out);
   FRSPEC_CHECK(gate.dtype == up.dtype, Error, "linear_swiglu: gate is ", dtype_name(gate.dtype),
                ", up is ", dtype_name(up.dtype));
   const int64_t panel = kernels_.panel;
@@ -114,32 +121,30 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
   const InputRows rows_in = input_rows(x, gate.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(gate.dtype)];
   const int64_t panels = (gate.out_features + panel - 1) / panel;
-  for_panel_groups(x.rows, panels,
-                   [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
-                       float* accumulators) {
-                     const float* from =
-                         static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
-                     float* up_accumulators = accumulators + count * rows * panel;
-                     multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes,
-                               count, from, rows_in.stride, rows, gate.in_features, accumulators});
-                     multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes,
-                               count, from, rows_in.stride, rows, up.in_features, up_accumulators});
-                     for (int64_t p = 0; p < count; ++p) {
-                       const int64_t col = (first_panel + p) * panel;
-                       const int64_t cols = std::min(panel, gate.out_features - col);
-                       float* sums = accumulators + p * rows * panel;
-                       const bool rounds = out.dtype == DType::kBF16;
-                       kernels_.finish_swiglu({rounds ? sums : out.row<float>(first_row) + col,
-                                               rounds ? panel : out.stride, sums,
-                                               up_accumulators + p * rows * panel, rows, cols,
-                                               gate.bias == nullptr ? nullptr : gate.bias + col,
-                                               up.bias == nullptr ? nullptr : up.bias + col});
-                       if (rounds) {
-                         kernels_.round_rows(out.row<uint16_t>(first_row) + col, out.stride, sums,
-                                             panel, rows, cols);
-                       }
-                     }
-                   });
+  const bool rounds = out.dtype == DType::kBF16;
+  const auto body = [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
+                        float* accumulators) {
+    const float* from = static_cast<const float*>(rows_in.data) + first_row * rows_in.stride;
+    float* up_accumulators = accumulators + count * rows * panel;
+    multiply({static_cast<const char*>(gate.data) + first_panel * bytes, bytes, count, from,
+              rows_in.stride, rows, gate.in_features, accumulators});
+    multiply({static_cast<const char*>(up.data) + first_panel * bytes, bytes, count, from,
+              rows_in.stride, rows, up.in_features, up_accumulators});
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t col = (first_panel + p) * panel;
+      const int64_t cols = std::min(panel, gate.out_features - col);
+      float* sums = accumulators + p * rows * panel;
+      kernels_.finish_swiglu({rounds ? sums : out.row<float>(first_row) + col,
+                              rounds ? panel : out.stride, sums, up_accumulators + p * rows * panel,
+                              rows, cols, gate.bias == nullptr ? nullptr : gate.bias + col,
+                              up.bias == nullptr ? nullptr : up.bias + col});
+      if (rounds) {
+        kernels_.round_rows(out.row<uint16_t>(first_row) + col, out.stride, sums, panel, rows,
+                            cols);
+      }
+    }
+  };
+  for_panel_groups(x.rows, panels, body);
 }
 
 }  // namespace frspec::cpu

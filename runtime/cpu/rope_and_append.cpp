@@ -26,7 +26,7 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
                                  const int32_t* positions, const int32_t* slots) {
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = head_dim > 0 ? qkv.cols / head_dim - 2 * kv.heads : 0;
-  check_dtype("rope_and_append", kv);
+  check_cache("rope_and_append", kv);
   FRSPEC_CHECK(query_heads > 0 && (query_heads + 2 * kv.heads) * head_dim == qkv.cols &&
                    rope.cols == head_dim,
                Error, "rope_and_append: qkv has ", qkv.cols, " columns, the cache ", kv.heads,
@@ -34,7 +34,7 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
   const int64_t half = head_dim / 2;
   FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
                ", at most ", kMaxHeadDim, " is possible");
-  // Fewer values than elsewhere: those of a key go to a cache line each.
+  // Fewer values than elsewhere: those of a key go to many cache lines.
   const int64_t grain = std::max<int64_t>(1, 4096 / qkv.cols);
   pool_.parallel_for(qkv.rows, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {

@@ -22,7 +22,7 @@ void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
   if (kernels_.round_rows != nullptr) {
     rounded_rows_ =
         arena.take_array<uint16_t>(name, limits.rows * rounded_stride(limits.in_features));
-    row_to_round_ = arena.take_array<float>(name, threads * limits.in_features);
+    rows_to_round_ = arena.take_array<float>(name, threads * limits.in_features);
   }
 
   attention_scratch_ = arena.take_array<AttentionScratch>(name, threads);

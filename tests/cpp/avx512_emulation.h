@@ -56,16 +56,8 @@ inline simde__m256bh emulated_cvtneps_pbh(simde__m512 v) {
   return result;
 }
 
-inline simde__m512bh emulated_cvtne2ps_pbh(simde__m512 high, simde__m512 low) {
-  const simde__m256bh halves[2] = {emulated_cvtneps_pbh(low), emulated_cvtneps_pbh(high)};
-  simde__m512bh result;
-  std::memcpy(&result, halves, sizeof(result));
-  return result;
-}
-
 #define _mm512_maskz_loadu_ps emulated_maskz_loadu_ps
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_cvtps_epi32 emulated_cvtps_epi32
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtneps_pbh emulated_cvtneps_pbh
-#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh

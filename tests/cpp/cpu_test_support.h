@@ -109,15 +109,14 @@ class TestKv {
       std::copy_n(value(h, from), head_dim_, value(h, to));
     }
   }
-  KvLayer pack(DType dtype = DType::kF32) {
+  KvLayer pack(const Backend& backend, DType dtype) {
     dtype_ = dtype;
-    const int64_t elements = dtype == DType::kBF16 ? PairedKv::head_elements(slots_, head_dim_)
-                                                   : PlainKv::head_elements(slots_, head_dim_);
-    for (std::vector<float>& packed : packed_) {
-      packed.assign(static_cast<size_t>(heads_ * elements), 0.0f);
-    }
+    KvLayer layer{nullptr, nullptr, dtype, heads_, slots_, head_dim_};
+    for (std::vector<char>& packed : packed_) packed.assign(backend.kv_bytes(layer), 0);
     for_each([&](float& value, void* packed) { convert(packed, dtype, &value, DType::kF32, 1); });
-    return {packed_[0].data(), packed_[1].data(), dtype, heads_, slots_, head_dim_};
+    layer.keys = packed_[0].data();
+    layer.values = packed_[1].data();
+    return layer;
   }
   // What an op has written to the layer.
   void unpack() {
@@ -152,7 +151,7 @@ class TestKv {
   int64_t heads_, slots_, head_dim_;
   Matrix keys_, values_;
   DType dtype_ = DType::kF32;
-  std::vector<float> packed_[2];  // keys, values
+  std::vector<char> packed_[2];  // keys, values
 };
 
 // A packed weight, with the values that it holds (rounded to its type) in fp32.

@@ -58,7 +58,7 @@ TEST_CASE("attention over a prefix equals the double-precision formula") {
           View view;
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols(), 1);
-          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(*backend, dtype), view.visible());
           CAPTURE(n);
           CAPTURE(before);
           CHECK(worst_error(out, q, cache, view, shape) < tolerance(dtype));
@@ -84,7 +84,7 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
           view.tree_base = base;
           for (const auto& path : random_paths(nodes, random)) view.add(base, path);
           Matrix out(nodes, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(*backend, dtype), view.visible());
           CAPTURE(nodes);
           CAPTURE(base);
           CHECK(worst_error(out, q, cache, view, shape) < tolerance(dtype));
@@ -115,8 +115,8 @@ TEST_CASE("a row of attention has the same bits alone and among others, for ever
             view.tree_base = kBase;
             for (int64_t r = 0; r < n; ++r) view.add(kBase, paths[static_cast<size_t>(first + r)]);
             Matrix out(n, q.cols());
-            backend->attention(out.tensor(), q.tensor().row_slice(first, n), cache.pack(dtype),
-                               view.visible());
+            backend->attention(out.tensor(), q.tensor().row_slice(first, n),
+                               cache.pack(*backend, dtype), view.visible());
             bool same = true;
             for (int64_t r = 0; r < n; ++r) {
               if (n == 1 && threads == 1) {
@@ -151,7 +151,8 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
         view.tree_base = base;
         for (const auto& path : paths) view.add(base, path);
         Matrix in_tree(kNodes, q.cols());
-        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+        backend->attention(in_tree.tensor(), q.tensor(), cache.pack(*backend, dtype),
+                           view.visible());
 
         const size_t node = kNodes - 1;
         const std::vector<int32_t>& path = paths[node];
@@ -171,7 +172,7 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
           }
           Matrix out(1, q.cols());
           backend->attention(out.tensor(), q.tensor().row_slice(static_cast<int64_t>(node), 1),
-                             moved.pack(dtype), flat.visible());
+                             moved.pack(*backend, dtype), flat.visible());
           CAPTURE(base);
           CAPTURE(committed);
           CHECK(equal_bits(out.row(0), in_tree.row(static_cast<int64_t>(node)), q.cols()));
@@ -195,7 +196,7 @@ TEST_CASE("NaN behind a row's prefix does not reach the row") {
     View view;
     for (int32_t r = 0; r < kRows; ++r) view.add(133 - kRows + 2 + r, {});
     Matrix out(kRows, 64);  // the last row sees slot 133
-    backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+    backend->attention(out.tensor(), q.tensor(), cache.pack(*backend, dtype), view.visible());
     for (int64_t i = 0; i < 64; ++i) {
       for (int32_t r = 0; r < kRows - 1; ++r) CHECK(std::isfinite(out.row(r)[i]));
       CHECK(std::isnan(out.row(kRows - 1)[i]));
@@ -212,7 +213,8 @@ TEST_CASE("attention refuses head dimensions that it cannot do") {
   Matrix out(1, 24);
   View view;
   view.add(1, {});
-  CHECK_THROWS_AS(backend->attention(out.tensor(), q.tensor(), cache.pack(), view.visible()),
+  CHECK_THROWS_AS(backend->attention(out.tensor(), q.tensor(), cache.pack(*backend, DType::kF32),
+                                     view.visible()),
                   Error);
 }
 

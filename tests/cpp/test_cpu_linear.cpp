@@ -38,7 +38,7 @@ constexpr double kTolerance = 1e-5;
 // The activations that enter a product: rounded to bf16 where the instruction set does so.
 Matrix entering(const Kernels& kernels, DType weight_dtype, const Matrix& x) {
   Matrix values = x;
-  if (!kernels.rounds_rows[static_cast<int>(weight_dtype)]) return values;
+  if (!kernels.rounds_inputs[static_cast<int>(weight_dtype)]) return values;
   std::vector<uint16_t> rounded(static_cast<size_t>(x.cols()));
   for (int64_t r = 0; r < x.rows(); ++r) {
     convert(rounded.data(), DType::kBF16, x.row(r), DType::kF32, x.cols());

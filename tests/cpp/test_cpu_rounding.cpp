@@ -71,7 +71,7 @@ TEST_CASE("only products of bf16 weights, and by vdpbf16ps, want their rows in b
 TEST_CASE("rms_norm and linear_swiglu write their fp32 results rounded, and linear reads them") {
   for (const Kernels* kernels : rounding_kernels()) {
     CAPTURE(kernels->name);
-    for (const int64_t n : {1, 5, 70}) {
+    for (const int64_t n : {1, 5, 70, 200}) {  // the last of two row blocks
       CAPTURE(n);
       for (const int64_t cols : {1, 33, 72, 577}) {
         CAPTURE(cols);
@@ -125,8 +125,9 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
           for (int32_t r = 0; r < n; ++r) view.add(before + r + 1, {});
           Matrix out(n, q.cols());
           Rounded rounded(n, q.cols());
-          backend->attention(out.tensor(), q.tensor(), cache.pack(dtype), view.visible());
-          backend->attention(rounded.tensor(), q.tensor(), cache.pack(dtype), view.visible());
+          backend->attention(out.tensor(), q.tensor(), cache.pack(*backend, dtype), view.visible());
+          backend->attention(rounded.tensor(), q.tensor(), cache.pack(*backend, dtype),
+                             view.visible());
           CAPTURE(n);
           CAPTURE(before);
           CHECK(rounded.equals(out));
@@ -136,7 +137,7 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
   }
 }
 
-TEST_CASE("activations of another type are refused") {
+TEST_CASE("activations and caches of another type are refused") {
   for (const Kernels* kernels : all_kernels()) {
     TestBackend backend(*kernels, 1, limits_for(2, 8));
     Random random(1);
@@ -147,6 +148,32 @@ TEST_CASE("activations of another type are refused") {
     Matrix fp32_x(2, 8);
     CHECK_THROWS_AS(backend->linear(fp32_out.tensor(), x.tensor(), weight.weight()), Error);
     CHECK_THROWS_AS(backend->linear(out.tensor(), fp32_x.tensor(), weight.weight()), Error);
+
+    // Outputs that the instruction set does not round to, and rows that are not whole.
+    float norm_weight[8] = {};
+    Tensor fp16 = x.tensor();
+    fp16.dtype = DType::kF16;
+    Tensor odd = x.tensor();
+    odd.cols = odd.stride = 7;
+    Tensor seven = fp32_x.tensor();
+    seven.cols = 7;
+    CHECK_THROWS_AS(backend->rms_norm(fp16, fp32_x.tensor(), norm_weight, 1e-5f), Error);
+    CHECK_THROWS_AS(backend->rms_norm(odd, seven, norm_weight, 1e-5f), Error);
+    if (kernels->round_rows == nullptr) {
+      CHECK_THROWS_AS(backend->rms_norm(x.tensor(), fp32_x.tensor(), norm_weight, 1e-5f), Error);
+      CHECK_THROWS_AS(
+          backend->linear_swiglu(out.tensor(), fp32_x.tensor(), weight.weight(), weight.weight()),
+          Error);
+    }
+
+    const int32_t base = 0;
+    const int32_t length = 0;
+    KvLayer cache{nullptr, nullptr, DType::kF16, 1, 128, 8};
+    CHECK_THROWS_AS(backend->commit_kv(&cache, 1, &base, &base, &length), Error);
+    cache.dtype = DType::kBF16;
+    if (kernels->bf16_attention == nullptr) {
+      CHECK_THROWS_AS(backend->commit_kv(&cache, 1, &base, &base, &length), Error);
+    }
   }
 }
 

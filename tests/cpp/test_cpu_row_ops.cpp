@@ -99,8 +99,8 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
         positions.push_back(49 - 2 * r);
         slots.push_back((r * 17 + 5) % kSlots);
       }
-      backend->rope_and_append(qkv.tensor(), kv.pack(dtype), rope.tensor(), positions.data(),
-                               slots.data());
+      backend->rope_and_append(qkv.tensor(), kv.pack(*backend, dtype), rope.tensor(),
+                               positions.data(), slots.data());
       kv.unpack();
       double worst = 0;
       double worst_key = 0;  // error over the magnitude
@@ -165,7 +165,7 @@ TEST_CASE("commit_kv moves the accepted path to the front, in every layer and he
     const int32_t length = 4;
     std::vector<TestKv> caches(2, TestKv(kHeads, kSlots, kHeadDim, random));
     caches[1] = TestKv(kHeads, kSlots, kHeadDim, random);
-    const KvLayer layers[] = {caches[0].pack(dtype), caches[1].pack(dtype)};
+    const KvLayer layers[] = {caches[0].pack(*backend, dtype), caches[1].pack(*backend, dtype)};
     for (TestKv& cache : caches) cache.unpack();  // rounded
     std::vector<TestKv> before = caches;
     backend->commit_kv(layers, 2, &base, path, &length);

@@ -1,7 +1,6 @@
 """tools/compare_peers with the runtime that is always there."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +21,10 @@ def compare(files: EvaluationFiles, *options: object) -> subprocess.CompletedPro
     command = [sys.executable, TOOL, "--model", files.model, "--spec-bench", files.spec_bench]
     return subprocess.run(
         [*map(str, command), *map(str, options)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_table_and_report(files, tmp_path) -> None:
@@ -45,6 +46,12 @@ def test_table_and_report(files, tmp_path) -> None:
     assert frspec["frspec, plain"]["over_plain"] == 1
     assert frspec["frspec, EAGLE-2"]["accept_length"] > 1
     assert "5 questions" in done.stdout
+    for row in frspec.values():
+        assert sum(task["questions"] for task in row["tasks"].values()) == 5
+    tasks = frspec["frspec, EAGLE-2"]["tasks"]
+    assert [*tasks] == ["mt", "conv", "qa"]
+    cells = " | ".join(f"{task['accept_length']:.2f}" for task in tasks.values())
+    assert f"| frspec, EAGLE-2 | {cells} |" in done.stdout
 
 
 def test_a_runtime_that_cannot_start(files) -> None:

@@ -5,6 +5,7 @@ Optional: runs where torch and transformers are installed (pip install 'frspec[t
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -261,6 +262,8 @@ def test_a_cache_goes_on(monkeypatch, model, data, cache, tmp_path) -> None:
 
 
 def test_own_answers(monkeypatch, model, data, tmp_path) -> None:
+    model = shutil.copytree(model, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"repetition_penalty": 3.0}')  # not heeded
     out = tmp_path / "answers.jsonl"
     options = ["--model", model, "--questions", data, "--out", out, "--max-new-tokens", 5]
     options += ["--batch", 4, "--device", "cpu"]
@@ -287,6 +290,7 @@ def test_own_answers(monkeypatch, model, data, tmp_path) -> None:
     sampled.write_text("".join(whole.splitlines(keepends=True)[:5]))
     assert run(monkeypatch, "answers", *options, "--limit", 8, "--temperature", 1) == 0
     assert sampled.read_text() == whole != out.read_text()
+    assert run(monkeypatch, "answers", *options, "--limit", 8, "--max-prompt-tokens", 9) == 2
     options[options.index(sampled)] = tmp_path / "short.jsonl"
     assert run(monkeypatch, "answers", *options, "--max-prompt-tokens", 2) == 0
     assert (tmp_path / "short.jsonl").read_text() == ""

@@ -75,11 +75,12 @@ class Transformers:
 
     def __init__(self, model: str, threads: int):
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         torch.set_num_threads(threads)
         self._torch = torch
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self._model.generation_config = GenerationConfig()  # a folder's penalties are not greedy
 
     def write(self, prompt: list[int], new_tokens: int) -> Written:
         began = time.perf_counter()

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from frspec.errors import RequestError
 from frspec.tokenizer import Tokenizer
 
-from .conversations import first_question, read_conversations
+from .conversations import TrainingError, first_question, read_conversations
 
 Messages = list[dict[str, str]]
 
@@ -33,15 +34,24 @@ class Writer:
     """The target in PyTorch, in bf16."""
 
     def __init__(self, folder: Path, writing: Writing):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.writing = writing
         self.tokenizer = Tokenizer.load(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         self.model = model.to(writing.device).eval()
+        # What a folder says of penalties and samples is not for the target's own distribution.
+        self.model.generation_config = GenerationConfig()
 
-    def encode(self, messages: Messages) -> list[int]:
-        return self.tokenizer.encode(self.tokenizer.chat(messages), add_special_tokens=False)
+    def encode(self, messages: Messages) -> list[int] | None:
+        """None when the chat template has no form for the messages."""
+        try:
+            text = self.tokenizer.chat(messages)
+        except RequestError:
+            if self.tokenizer.has_chat_template:
+                return None
+            raise
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     @torch.inference_mode()
     def write(self, prompts: list[list[int]], seed: int) -> list[str]:
@@ -90,6 +100,11 @@ def write_answers(
     begun = whole.count(b"\n")
     writer = Writer(folder, writing)
     asked = list(itertools.islice(_questions(writer, questions), limit))
+    if [messages for messages, _ in asked[:begun]] != _asked_before(whole):
+        raise TrainingError(
+            f"{out}: expected answers to the same questions in the same order, found others; give"
+            " the model, questions, --batch and --max-prompt-tokens of before, or a new file"
+        )
     task = progress.add_task("answers", total=len(asked), completed=begun)
     with out.open("r+b" if done else "wb") as file:
         file.truncate(len(whole))
@@ -107,10 +122,15 @@ def write_answers(
             progress.advance(task, len(pairs))
 
 
+def _asked_before(lines: bytes) -> list[Messages]:
+    return [json.loads(line)["messages"][:-1] for line in lines.splitlines()]
+
+
 def _questions(writer: Writer, path: Path) -> Iterator[tuple[Messages, list[int]]]:
     """Questions with their tokens; eight batches at a time are put in order of length."""
     questions = filter(None, map(first_question, read_conversations(path)))
     encoded = ((question, writer.encode(question)) for question in questions)
-    short = (item for item in encoded if len(item[1]) <= writer.writing.max_prompt_tokens)
+    limit = writer.writing.max_prompt_tokens
+    short = ((question, ids) for question, ids in encoded if ids and len(ids) <= limit)
     while pool := list(itertools.islice(short, 8 * writer.writing.batch)):
         yield from sorted(pool, key=lambda item: len(item[1]))
