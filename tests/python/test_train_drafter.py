@@ -49,7 +49,7 @@ def data(model, tmp_path_factory) -> Path:
     generator = frspec.Generator(model)
     lines = []
     for number in range(150):
-        question = f"w{number + 4} w{number * 7 % 300 + 4}"
+        question = f"w{number + 4} w{number * 3 % 300 + 4}"
         answer = generator.generate(
             [{"role": "user", "content": question}], max_new_tokens=24, temperature=1, seed=number
         )
@@ -105,6 +105,14 @@ def test_held_out_conversations_are_not_trained_on(cache) -> None:
     conversations = [*read_conversations(*cache.glob("held-out-*.jsonl"))]
     assert len(conversations) == len(held_out.lengths) == 3
     assert len(trained.lengths) == 147
+
+
+def test_what_is_asked_twice_is_held_out_together() -> None:
+    ask = [[{"role": "user", "content": f"question {number}"}] for number in range(5000)]
+    held = [features.holds_out(messages) for messages in ask]
+    assert 70 < sum(held) < 130
+    answered = [[*ask[n], {"role": "assistant", "content": str(n)}, *ask[0]] for n in range(5000)]
+    assert [features.holds_out(messages) for messages in answered] == held
 
 
 def exact_loss(head, hidden, ids, probs):
@@ -290,7 +298,7 @@ def test_own_answers(monkeypatch, model, data, tmp_path) -> None:
     sampled.write_text("".join(whole.splitlines(keepends=True)[:5]))
     assert run(monkeypatch, "answers", *options, "--limit", 8, "--temperature", 1) == 0
     assert sampled.read_text() == whole != out.read_text()
-    assert run(monkeypatch, "answers", *options, "--limit", 8, "--max-prompt-tokens", 9) == 2
+    assert run(monkeypatch, "answers", *options, "--limit", 8, "--max-prompt-tokens", 2) == 2
     options[options.index(sampled)] = tmp_path / "short.jsonl"
     assert run(monkeypatch, "answers", *options, "--max-prompt-tokens", 2) == 0
     assert (tmp_path / "short.jsonl").read_text() == ""

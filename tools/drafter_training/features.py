@@ -15,6 +15,7 @@ no drafter is trained on them; `held-out-NNNNN.jsonl` has their conversations.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -30,10 +31,16 @@ from safetensors.torch import save_file
 from frspec.files import write_whole
 from frspec.tokenizer import Tokenizer
 
-from .conversations import Sequence, TrainingError, read_conversations, tokenize
+from .conversations import (
+    Sequence,
+    TrainingError,
+    first_question,
+    read_conversations,
+    tokenize,
+)
 
 TOP = 16  # tokens kept of the target's distribution
-HELD_OUT_EVERY = 50  # one conversation of so many is held out
+HELD_OUT_EVERY = 50  # one first question of so many is held out
 _PART_TOKENS = 32768
 _BATCH_TOKENS = 4096
 
@@ -138,7 +145,7 @@ def write_cache(
         state["conversations"] = index + 1
         if sequence is None:
             continue
-        is_held_out = index % HELD_OUT_EVERY == 0
+        is_held_out = holds_out(messages)
         pool[is_held_out].append(sequence)
         if is_held_out:
             held.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
@@ -148,6 +155,14 @@ def write_cache(
             if state["tokens"] >= tokens_wanted:
                 return
     flush()
+
+
+def holds_out(messages: list[dict[str, str]]) -> bool:
+    """By the first question alone: what is asked twice must not be trained on and measured, too."""
+    question = json.dumps(first_question(messages) or messages[:1], sort_keys=True)
+    return (
+        int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") % HELD_OUT_EVERY == 0
+    )
 
 
 def _all_conversations(files: list[str]) -> Iterator[list[dict[str, str]]]:
