@@ -32,8 +32,8 @@ void CpuBackend::check_output(const char* op, const Tensor& out) const {
 
 CpuBackend::InputRows CpuBackend::input_rows(const Tensor& x, DType weight_dtype) {
   FRSPEC_CHECK(x.dtype == DType::kF32 || x.dtype == input_dtype(weight_dtype), Error,
-               "linear: expected activations in fp32 or ", dtype_name(input_dtype(weight_dtype)),
-               ", found ", dtype_name(x.dtype));
+               "linear: ", kernels_.name, " reads no activations in ", dtype_name(x.dtype),
+               " for weights in ", dtype_name(weight_dtype));
   if (x.dtype == DType::kBF16) {
     FRSPEC_CHECK(x.stride % 2 == 0, Error, "linear: expected rows of whole 32-bit units, found ",
                  x.stride, " bf16 elements");

@@ -32,6 +32,14 @@ inline std::vector<const Kernels*> all_kernels() {
   return all;
 }
 
+// Of products with rows of up to in_features.
+inline WorkspaceLimits product_limits(int64_t rows, int64_t in_features) {
+  WorkspaceLimits limits;
+  limits.rows = rows;
+  limits.in_features = in_features;
+  return limits;
+}
+
 // A backend with its workspace.
 class TestBackend {
  public:

@@ -12,13 +12,6 @@ namespace {
 
 constexpr DType kWeightTypes[] = {DType::kBF16, DType::kF16, DType::kF32};
 
-WorkspaceLimits limits_for(int64_t rows, int64_t in_features) {
-  WorkspaceLimits limits;
-  limits.rows = rows;
-  limits.in_features = in_features;
-  return limits;
-}
-
 double dot(const float* a, const float* b, int64_t count, double* magnitude) {
   double sum = 0;
   double absolute = 0;
@@ -84,7 +77,7 @@ TEST_CASE("linear equals the double-precision product for ragged shapes") {
     CAPTURE(kernels->name);
     for (const DType dtype : kWeightTypes) {
       CAPTURE(dtype_name(dtype));
-      TestBackend backend(*kernels, 2, limits_for(600, 4864));
+      TestBackend backend(*kernels, 2, product_limits(600, 4864));
       for (const int64_t in : {1, 7, 72, 577, 896}) {
         for (const int64_t out : {1, 15, 17, 72}) {
           check_linear(*backend, *kernels, dtype, 1, in, out, false, false);
@@ -105,7 +98,7 @@ TEST_CASE("linear equals the double-precision product for ragged shapes") {
 TEST_CASE("linear may add to the residual in place") {
   for (const Kernels* kernels : all_kernels()) {
     CAPTURE(kernels->name);
-    TestBackend backend(*kernels, 2, limits_for(16, 96));
+    TestBackend backend(*kernels, 2, product_limits(16, 96));
     Random random(5);
     for (const int64_t n : {1, 9}) {
       Matrix x(n, 96, random);
@@ -124,7 +117,7 @@ TEST_CASE("linear_swiglu equals silu(gate) * up in double precision") {
   for (const Kernels* kernels : all_kernels()) {
     CAPTURE(kernels->name);
     for (const DType dtype : kWeightTypes) {
-      TestBackend backend(*kernels, 2, limits_for(64, 600));
+      TestBackend backend(*kernels, 2, product_limits(64, 600));
       for (const int64_t n : {1, 2, 7, 33}) {
         for (const int64_t out : {1, 72, 101}) {
           const int64_t in = 577;
@@ -163,7 +156,7 @@ TEST_CASE("a row of linear has the same bits alone and among others, for every t
       Matrix alone(65, kOut);
       Matrix alone_swiglu(65, kOut);
       for (const int threads : {1, 2, 3}) {
-        TestBackend backend(*kernels, threads, limits_for(512, kIn));
+        TestBackend backend(*kernels, threads, product_limits(512, kIn));
         TestWeight weight(*backend, dtype, w);
         TestWeight other(*backend, dtype, v);
         if (threads == 1) {
@@ -204,7 +197,7 @@ TEST_CASE("weights are placed at any row, converted, gathered and embedded exact
   constexpr int64_t kIn = 133;
   for (const Kernels* kernels : all_kernels()) {
     CAPTURE(kernels->name);
-    TestBackend backend(*kernels, 2, limits_for(64, kIn));
+    TestBackend backend(*kernels, 2, product_limits(64, kIn));
     for (const DType to : kWeightTypes) {
       for (const DType from : kWeightTypes) {
         Random random(3);
@@ -300,7 +293,7 @@ TEST_CASE("conversions round to nearest even and keep special values") {
 }
 
 TEST_CASE("linear refuses shapes that do not fit") {
-  TestBackend backend(*kernels_portable(), 1, limits_for(4, 16));
+  TestBackend backend(*kernels_portable(), 1, product_limits(4, 16));
   Random random(1);
   TestWeight weight(*backend, DType::kF32, Matrix(8, 16, random));
   Matrix x(2, 15);

@@ -49,13 +49,6 @@ std::vector<const Kernels*> rounding_kernels() {
   return found;
 }
 
-WorkspaceLimits limits_for(int64_t rows, int64_t in_features) {
-  WorkspaceLimits limits;
-  limits.rows = rows;
-  limits.in_features = in_features;
-  return limits;
-}
-
 }  // namespace
 
 TEST_CASE("only products of bf16 weights, and by vdpbf16ps, want their rows in bf16") {
@@ -77,7 +70,7 @@ TEST_CASE("rms_norm and linear_swiglu write their fp32 results rounded, and line
         if (n > 70 && cols != 33) continue;
         CAPTURE(cols);
         Random random(static_cast<uint32_t>(n + cols));
-        TestBackend backend(*kernels, 2, limits_for(n, 600));
+        TestBackend backend(*kernels, 2, product_limits(n, 600));
         Matrix x(n, cols, random, 1.0f, 3);
         Matrix norm_weight(1, cols, random);
         Matrix normed(n, cols);
@@ -115,7 +108,7 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
     for (const DType dtype : {DType::kF32, DType::kBF16}) {
       for (const int32_t before : {0, 200, 1300}) {
         for (const int64_t n : {1, 9, 65}) {
-          WorkspaceLimits limits = limits_for(n, shape.query_heads * shape.head_dim);
+          WorkspaceLimits limits = product_limits(n, shape.query_heads * shape.head_dim);
           limits.visible = before + n;
           limits.query_heads = shape.query_heads;
           TestBackend backend(*kernels, 2, limits);
@@ -140,7 +133,7 @@ TEST_CASE("attention writes its fp32 results rounded, with splits and without") 
 
 TEST_CASE("activations and caches of another type are refused") {
   for (const Kernels* kernels : all_kernels()) {
-    TestBackend backend(*kernels, 1, limits_for(2, 8));
+    TestBackend backend(*kernels, 1, product_limits(2, 8));
     Random random(1);
     TestWeight weight(*backend, DType::kF16, Matrix(4, 8, random));
     Rounded x(2, 8);

@@ -299,6 +299,9 @@ def test_own_answers(monkeypatch, model, data, tmp_path) -> None:
     assert run(monkeypatch, "answers", *options, "--limit", 8, "--temperature", 1) == 0
     assert sampled.read_text() == whole != out.read_text()
     assert run(monkeypatch, "answers", *options, "--limit", 8, "--max-prompt-tokens", 2) == 2
+    sampled.write_text("not an answer\n")
+    assert run(monkeypatch, "answers", *options, "--limit", 8) == 2
+    assert sampled.read_text() == "not an answer\n"
     options[options.index(sampled)] = tmp_path / "short.jsonl"
     assert run(monkeypatch, "answers", *options, "--max-prompt-tokens", 2) == 0
     assert (tmp_path / "short.jsonl").read_text() == ""

@@ -122,8 +122,12 @@ def write_answers(
             progress.advance(task, len(pairs))
 
 
-def _asked_before(lines: bytes) -> list[Messages]:
-    return [json.loads(line)["messages"][:-1] for line in lines.splitlines()]
+def _asked_before(lines: bytes) -> list[Messages] | None:
+    """None when the lines are not answers."""
+    try:
+        return [json.loads(line)["messages"][:-1] for line in lines.splitlines()]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _questions(writer: Writer, path: Path) -> Iterator[tuple[Messages, list[int]]]:
