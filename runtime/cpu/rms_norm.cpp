@@ -9,8 +9,7 @@ void CpuBackend::rms_norm(const Tensor& out, const Tensor& x, const float* weigh
   FRSPEC_CHECK(out.rows == x.rows && out.cols == x.cols && x.cols > 0, Error, "rms_norm: out [",
                out.rows, ", ", out.cols, "] and x [", x.rows, ", ", x.cols, "] differ");
   check_output("rms_norm", out);
-  // Up to some ten thousand values waking the other threads costs more than it saves.
-  const int64_t grain = std::max<int64_t>(1, 16384 / x.cols);
+  const int64_t grain = std::max<int64_t>(1, 2048 / x.cols);
   const bool rounds = out.dtype == DType::kBF16;
   FRSPEC_CHECK(!rounds || x.cols <= limits_.in_features, Error, "rms_norm: x [", x.rows, ", ",
                x.cols, "] exceeds the planned workspace of ", limits_.in_features, " columns");

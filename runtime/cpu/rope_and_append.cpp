@@ -7,6 +7,8 @@
 namespace frspec::cpu {
 namespace {
 
+constexpr int64_t kRowBlock = 64;
+
 template <typename Layout>
 void append(const KvLayer& kv, int64_t head, int64_t slot, const typename Layout::Element* key,
             const typename Layout::Element* value) {
@@ -34,33 +36,41 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
   const int64_t half = head_dim / 2;
   FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
                ", at most ", kMaxHeadDim, " is possible");
-  // Fewer values than elsewhere: those of a key go to many cache lines.
-  const int64_t grain = std::max<int64_t>(1, 4096 / qkv.cols);
-  pool_.parallel_for(qkv.rows, grain, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
+  // A task is a head of some rows, not a row: slots beside each other have elements in one cache
+  // line, which two threads should not write.
+  const int64_t blocks = (qkv.rows + kRowBlock - 1) / kRowBlock;
+  const int64_t grain = std::max<int64_t>(1, 1024 / (qkv.rows * head_dim));
+  const auto rotate_head = [&](int64_t head, int64_t first_row, int64_t end_row) {
+    for (int64_t r = first_row; r < end_row; ++r) {
       const float* cosines = rope.row<float>(positions[r]);
       const float* sines = cosines + half;
       float* q = qkv.row<float>(r);
-      for (int64_t h = 0; h < query_heads; ++h) {
-        kernels_.rotate(q + h * head_dim, q + h * head_dim, cosines, sines, half);
+      if (head < query_heads) {
+        kernels_.rotate(q + head * head_dim, q + head * head_dim, cosines, sines, half);
+        continue;
       }
-      const float* k = q + query_heads * head_dim;
-      const float* v = k + kv.heads * head_dim;
-      for (int64_t h = 0; h < kv.heads; ++h) {
-        float rotated[kMaxHeadDim];
-        kernels_.rotate(rotated, k + h * head_dim, cosines, sines, half);
-        const float* values = v + h * head_dim;
-        if (kv.dtype == DType::kF32) {
-          append<PlainKv>(kv, h, slots[r], rotated, values);
-        } else {
-          uint16_t rounded[2][kMaxHeadDim];
-          kernels_.round_rows(rounded[0], 0, rotated, 0, 1, head_dim);
-          kernels_.round_rows(rounded[1], 0, values, 0, 1, head_dim);
-          append<PairedKv>(kv, h, slots[r], rounded[0], rounded[1]);
-        }
+      const int64_t kv_head = head - query_heads;
+      const float* key = q + head * head_dim;
+      const float* value = key + kv.heads * head_dim;
+      float rotated[kMaxHeadDim];
+      kernels_.rotate(rotated, key, cosines, sines, half);
+      if (kv.dtype == DType::kF32) {
+        append<PlainKv>(kv, kv_head, slots[r], rotated, value);
+      } else {
+        uint16_t rounded[2][kMaxHeadDim];
+        kernels_.round_rows(rounded[0], 0, rotated, 0, 1, head_dim);
+        kernels_.round_rows(rounded[1], 0, value, 0, 1, head_dim);
+        append<PairedKv>(kv, kv_head, slots[r], rounded[0], rounded[1]);
       }
     }
-  });
+  };
+  pool_.parallel_for((query_heads + kv.heads) * blocks, grain,
+                     [&](int64_t begin, int64_t end, int) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         const int64_t row = i % blocks * kRowBlock;
+                         rotate_head(i / blocks, row, std::min(row + kRowBlock, qkv.rows));
+                       }
+                     });
 }
 
 }  // namespace frspec::cpu

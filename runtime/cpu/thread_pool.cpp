@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 // How long an idle worker spins before it sleeps, and the caller before it yields.
 constexpr std::chrono::microseconds kSpinTime{50};
-constexpr uint32_t kNoItem = 0xffffffffu;
+constexpr int64_t kMostGrains = 0xffff;
 
 void pause_cpu() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -41,11 +41,16 @@ bool spin_until(const Ready& ready) {
   return false;
 }
 
-// The first item of a share: shares are whole grains, as even as can be.
-int64_t share_begin(int64_t share, int64_t shares, int64_t count, int64_t grain) {
-  const int64_t grains = (count + grain - 1) / grain;
-  return std::min(count, grains * share / shares * grain);
+uint64_t share_state(uint32_t region, int64_t next, int64_t end) {
+  return uint64_t{region} << 32 | static_cast<uint64_t>(next) << 16 | static_cast<uint64_t>(end);
 }
+
+uint32_t region_of(uint64_t state_or_progress) {
+  return static_cast<uint32_t>(state_or_progress >> 32);
+}
+
+// Of the grains that are left, half at a time: the rest can go to who is done first.
+int64_t chunk_size(int64_t left) { return (left + 1) / 2; }
 
 // CPUs that the quota of the process's cgroups allows, rounded up; a large number without a quota.
 int quota_threads() {
@@ -81,6 +86,7 @@ int usable_threads() {
 
 ThreadPool::ThreadPool(int threads)
     : shares_(std::make_unique<Share[]>(static_cast<size_t>(threads))),
+      progress_(std::make_unique<Progress[]>(static_cast<size_t>(threads))),
       oversubscribed_(threads > usable_threads()) {
   try {
     workers_.reserve(static_cast<size_t>(threads - 1));
@@ -109,80 +115,99 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* context) {
-  const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
-  // Closed first: a worker that is late for the last region may read a mixture of the two jobs, and
-  // must then fail to take a chunk.
-  for (int share = 0; share < threads(); ++share) {
-    shares_[share].state.store((uint64_t{region} << 32) | kNoItem);
-  }
   grain = std::max<int64_t>(grain, 1);
-  job_count_.store(count, std::memory_order_release);
-  job_grain_.store(grain, std::memory_order_release);
-  job_invoke_.store(invoke, std::memory_order_release);
-  job_context_.store(context, std::memory_order_release);
-  done_.store(0, std::memory_order_relaxed);
-  for (int share = 0; share < threads(); ++share) {
-    const auto begin = static_cast<uint64_t>(share_begin(share, threads(), count, grain));
-    shares_[share].state.store((uint64_t{region} << 32) | begin, std::memory_order_release);
-  }
-  region_.store(region);
-  // Either this sees the sleeper, or the sleeper sees the new region before it sleeps.
-  if (sleepers_.load() > 0) region_.notify_all();
+  grain *= ((count + grain - 1) / grain + kMostGrains - 1) / kMostGrains;
+  const int64_t grains = (count + grain - 1) / grain;
+  const int64_t own_first = chunk_size(grains / threads());
 
-  work(0);
-  const auto finished = [&] { return done_.load(std::memory_order_acquire) == count; };
+  // Either this sees the sleeper, or the sleeper sees the new region before it sleeps. Done before
+  // anything is handed out, while no line that it waits for is on its way to another core.
+  const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
+  region_.store(region);
+  if (sleepers_.load() > 0) region_.notify_all();
+  for (int share = threads() - 1; share >= 0; --share) {
+    Share& to = shares_[share];
+    to.count.store(count, std::memory_order_relaxed);
+    to.grain.store(grain, std::memory_order_relaxed);
+    to.invoke.store(invoke, std::memory_order_relaxed);
+    to.context.store(context, std::memory_order_relaxed);
+    // The caller has its first chunk already: to take it would be to wait for the stores above.
+    const int64_t next = share == 0 ? own_first : grains * share / threads();
+    to.state.store(share_state(region, next, grains * (share + 1) / threads()),
+                   std::memory_order_release);
+  }
+
+  int64_t own = own_first;
+  if (own_first > 0) invoke(context, 0, std::min(own_first * grain, count), 0);
+  own += work(region, 0);
+  const auto finished = [&] {
+    int64_t done = own;
+    for (int thread = 1; thread < threads() && done < grains; ++thread) {
+      const uint64_t progress = progress_[thread].done.load(std::memory_order_acquire);
+      if (region_of(progress) == region) done += static_cast<uint32_t>(progress);
+    }
+    return done == grains;
+  };
   if (finished()) return;
   if (!oversubscribed_ && spin_until(finished)) return;
   while (!finished()) sched_yield();
 }
 
-void ThreadPool::work(int thread) {
-  const uint64_t region = shares_[thread].state.load(std::memory_order_acquire) >> 32;
+// Works on the thread's own share, then on the others'; returns the number of grains done.
+int64_t ThreadPool::work(uint32_t region, int thread) {
   int64_t done = 0;
   for (int i = 0; i < threads(); ++i) {
     done += work_on_share(region, (thread + i) % threads(), thread);
   }
-  if (done > 0) done_.fetch_add(done, std::memory_order_release);
+  return done;
 }
 
-// Takes chunks of a share until there are none; returns the number of items done.
-int64_t ThreadPool::work_on_share(uint64_t region, int share, int thread) {
-  std::atomic<uint64_t>& shared_state = shares_[share].state;
-  uint64_t state = shared_state.load(std::memory_order_acquire);
+// Takes chunks of a share until there are none; returns the number of grains done.
+int64_t ThreadPool::work_on_share(uint32_t region, int share, int thread) {
+  Share& from = shares_[share];
+  uint64_t state = from.state.load(std::memory_order_acquire);
   int64_t done = 0;
   for (;;) {
-    const int64_t count = job_count_.load(std::memory_order_acquire);
-    const int64_t grain = job_grain_.load(std::memory_order_acquire);
-    const Invoke invoke = job_invoke_.load(std::memory_order_acquire);
-    const void* context = job_context_.load(std::memory_order_acquire);
-    const int64_t begin = static_cast<int64_t>(state & 0xffffffffu);
-    const int64_t left = share_begin(share + 1, threads(), count, grain) - begin;
-    if (state >> 32 != region || left <= 0) return done;
-    int64_t size = std::max(grain, (left + 1) / 2);
-    if (left - size < grain) size = left;
-    // Failure re-reads the state; success proves that the job was read from this region.
-    if (!shared_state.compare_exchange_weak(state, state + static_cast<uint64_t>(size),
-                                            std::memory_order_acq_rel, std::memory_order_acquire)) {
+    const auto next = static_cast<int64_t>(state >> 16 & 0xffff);
+    const auto end = static_cast<int64_t>(state & 0xffff);
+    if (region_of(state) != region || next >= end) return done;
+    const int64_t size = chunk_size(end - next);
+    const int64_t count = from.count.load(std::memory_order_relaxed);
+    const int64_t grain = from.grain.load(std::memory_order_relaxed);
+    const Invoke invoke = from.invoke.load(std::memory_order_relaxed);
+    const void* context = from.context.load(std::memory_order_relaxed);
+    // The job is written anew only after all grains were taken: success proves that it was read
+    // from this region. Failure re-reads the state.
+    if (!from.state.compare_exchange_weak(state, share_state(region, next + size, end),
+                                          std::memory_order_acq_rel, std::memory_order_acquire)) {
       continue;
     }
-    invoke(context, begin, begin + size, thread);
+    invoke(context, next * grain, std::min((next + size) * grain, count), thread);
     done += size;
-    state = shared_state.load(std::memory_order_acquire);
+    state = from.state.load(std::memory_order_acquire);
   }
 }
 
 void ThreadPool::worker_loop(int thread) {
+  const std::atomic<uint64_t>& state = shares_[thread].state;
   uint32_t seen = 0;
   for (;;) {
-    const auto changed = [&] { return region_.load(std::memory_order_acquire) != seen; };
-    if (oversubscribed_ || !spin_until(changed)) {
+    const auto handed_out = [&] {
+      return region_of(state.load(std::memory_order_acquire)) != seen;
+    };
+    if (oversubscribed_ || !spin_until(handed_out)) {
       sleepers_.fetch_add(1);
       region_.wait(seen);
       sleepers_.fetch_sub(1);
+      while (!handed_out() && !stopping_.load()) sched_yield();
     }
-    seen = region_.load(std::memory_order_acquire);
     if (stopping_.load(std::memory_order_acquire)) return;
-    work(thread);
+    seen = region_of(state.load(std::memory_order_acquire));
+    const int64_t done = work(seen, thread);
+    if (done > 0) {
+      progress_[thread].done.store(uint64_t{seen} << 32 | static_cast<uint64_t>(done),
+                                   std::memory_order_release);
+    }
   }
 }
 

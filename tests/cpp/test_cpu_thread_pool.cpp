@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <ctime>
@@ -40,6 +41,20 @@ TEST_CASE("every item is handed out once, in chunks of at least the grain") {
       for (const auto& times : seen) bad += times == 1 ? 0 : 1;
       CHECK(bad == 0);
     }
+  }
+}
+
+TEST_CASE("more items than a share has numbers for") {
+  ThreadPool pool(3);
+  for (const int64_t count : {65534, 65535, 65536, 1000003}) {
+    std::vector<char> seen(static_cast<size_t>(count));
+    std::atomic<int64_t> items{0};
+    pool.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+      items += end - begin;
+      for (int64_t i = begin; i < end; ++i) seen[static_cast<size_t>(i)] = 1;
+    });
+    CHECK(items == count);
+    CHECK(std::count(seen.begin(), seen.end(), 1) == count);
   }
 }
 
