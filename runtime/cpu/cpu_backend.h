@@ -21,6 +21,9 @@ namespace frspec::cpu {
 constexpr int64_t kColumnChunk = 16384;
 constexpr int64_t column_chunks(int64_t cols) { return (cols + kColumnChunk - 1) / kColumnChunk; }
 
+// Rows at a time for operations on rows: about as many values as are worth another thread.
+constexpr int64_t row_grain(int64_t cols) { return cols < 2048 ? 2048 / cols : 1; }
+
 struct TokenLogit {
   float logit;
   int32_t token;

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "check.h"
 #include "cpu/cpu_backend.h"
 
@@ -9,11 +7,10 @@ void CpuBackend::rms_norm(const Tensor& out, const Tensor& x, const float* weigh
   FRSPEC_CHECK(out.rows == x.rows && out.cols == x.cols && x.cols > 0, Error, "rms_norm: out [",
                out.rows, ", ", out.cols, "] and x [", x.rows, ", ", x.cols, "] differ");
   check_output("rms_norm", out);
-  const int64_t grain = std::max<int64_t>(1, 2048 / x.cols);
   const bool rounds = out.dtype == DType::kBF16;
   FRSPEC_CHECK(!rounds || x.cols <= limits_.in_features, Error, "rms_norm: x [", x.rows, ", ",
                x.cols, "] exceeds the planned workspace of ", limits_.in_features, " columns");
-  pool_.parallel_for(x.rows, grain, [&](int64_t begin, int64_t end, int thread) {
+  pool_.parallel_for(x.rows, row_grain(x.cols), [&](int64_t begin, int64_t end, int thread) {
     for (int64_t r = begin; r < end; ++r) {
       float* to = rounds ? rows_to_round_ + thread * limits_.in_features : out.row<float>(r);
       kernels_.rms_norm(to, x.row<float>(r), weight, x.cols, eps);

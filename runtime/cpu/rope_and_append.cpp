@@ -36,24 +36,25 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
   const int64_t half = head_dim / 2;
   FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
                ", at most ", kMaxHeadDim, " is possible");
+  if (qkv.rows == 0) return;
   // A task is a head of some rows, not a row: slots beside each other have elements in one cache
-  // line, which two threads should not write.
+  // line, which two threads should not write. Keys and values come last, as among the outputs of
+  // the product before: the thread that made them appends them.
   const int64_t blocks = (qkv.rows + kRowBlock - 1) / kRowBlock;
   const int64_t grain = std::max<int64_t>(1, 1024 / (qkv.rows * head_dim));
   const auto rotate_head = [&](int64_t head, int64_t first_row, int64_t end_row) {
     for (int64_t r = first_row; r < end_row; ++r) {
       const float* cosines = rope.row<float>(positions[r]);
       const float* sines = cosines + half;
-      float* q = qkv.row<float>(r);
+      float* head_row = qkv.row<float>(r) + head * head_dim;
       if (head < query_heads) {
-        kernels_.rotate(q + head * head_dim, q + head * head_dim, cosines, sines, half);
+        kernels_.rotate(head_row, head_row, cosines, sines, half);
         continue;
       }
       const int64_t kv_head = head - query_heads;
-      const float* key = q + head * head_dim;
-      const float* value = key + kv.heads * head_dim;
+      const float* value = head_row + kv.heads * head_dim;
       float rotated[kMaxHeadDim];
-      kernels_.rotate(rotated, key, cosines, sines, half);
+      kernels_.rotate(rotated, head_row, cosines, sines, half);
       if (kv.dtype == DType::kF32) {
         append<PlainKv>(kv, kv_head, slots[r], rotated, value);
       } else {

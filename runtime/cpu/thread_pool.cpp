@@ -118,13 +118,16 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
   grain = std::max<int64_t>(grain, 1);
   grain *= ((count + grain - 1) / grain + kMostGrains - 1) / kMostGrains;
   const int64_t grains = (count + grain - 1) / grain;
-  const int64_t own_first = chunk_size(grains / threads());
+  const auto share_begin = [&](int64_t share) {  // with few grains the first shares have them
+    return (grains * share + threads() - 1) / threads();
+  };
+  const int64_t own_first = chunk_size(share_begin(1));
 
-  // Either this sees the sleeper, or the sleeper sees the new region before it sleeps. Done before
+  // Either this sees the sleeper, or the sleeper sees the new region before it sleeps. Asked before
   // anything is handed out, while no line that it waits for is on its way to another core.
   const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
   region_.store(region);
-  if (sleepers_.load() > 0) region_.notify_all();
+  const bool wake = sleepers_.load() > 0;
   for (int share = threads() - 1; share >= 0; --share) {
     Share& to = shares_[share];
     to.count.store(count, std::memory_order_relaxed);
@@ -132,17 +135,16 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
     to.invoke.store(invoke, std::memory_order_relaxed);
     to.context.store(context, std::memory_order_relaxed);
     // The caller has its first chunk already: to take it would be to wait for the stores above.
-    const int64_t next = share == 0 ? own_first : grains * share / threads();
-    to.state.store(share_state(region, next, grains * (share + 1) / threads()),
-                   std::memory_order_release);
+    const int64_t next = share == 0 ? own_first : share_begin(share);
+    to.state.store(share_state(region, next, share_begin(share + 1)), std::memory_order_release);
   }
+  if (wake) region_.notify_all();
 
-  int64_t own = own_first;
-  if (own_first > 0) invoke(context, 0, std::min(own_first * grain, count), 0);
-  own += work(region, 0);
+  invoke(context, 0, std::min(own_first * grain, count), 0);
+  work(region, 0, own_first);
   const auto finished = [&] {
-    int64_t done = own;
-    for (int thread = 1; thread < threads() && done < grains; ++thread) {
+    int64_t done = 0;
+    for (int thread = 0; thread < threads() && done < grains; ++thread) {
       const uint64_t progress = progress_[thread].done.load(std::memory_order_acquire);
       if (region_of(progress) == region) done += static_cast<uint32_t>(progress);
     }
@@ -153,13 +155,15 @@ void ThreadPool::run(int64_t count, int64_t grain, Invoke invoke, const void* co
   while (!finished()) sched_yield();
 }
 
-// Works on the thread's own share, then on the others'; returns the number of grains done.
-int64_t ThreadPool::work(uint32_t region, int thread) {
-  int64_t done = 0;
+// Works on the thread's own share, then on the others'. done: the grains it did before.
+void ThreadPool::work(uint32_t region, int thread, int64_t done) {
   for (int i = 0; i < threads(); ++i) {
-    done += work_on_share(region, (thread + i) % threads(), thread);
+    const int64_t more = work_on_share(region, (thread + i) % threads(), thread);
+    if (more == 0 && i > 0) continue;
+    done += more;  // told before the next share is looked at: that may be elsewhere
+    progress_[thread].done.store(uint64_t{region} << 32 | static_cast<uint64_t>(done),
+                                 std::memory_order_release);
   }
-  return done;
 }
 
 // Takes chunks of a share until there are none; returns the number of grains done.
@@ -203,11 +207,7 @@ void ThreadPool::worker_loop(int thread) {
     }
     if (stopping_.load(std::memory_order_acquire)) return;
     seen = region_of(state.load(std::memory_order_acquire));
-    const int64_t done = work(seen, thread);
-    if (done > 0) {
-      progress_[thread].done.store(uint64_t{seen} << 32 | static_cast<uint64_t>(done),
-                                   std::memory_order_release);
-    }
+    work(seen, thread, 0);
   }
 }
 
