@@ -184,7 +184,19 @@ void Checkpoint::prefetch(const std::string& name) {
   if (found != tensors_.end()) found->second->prefetch(name);
 }
 
-void Checkpoint::release(const HostTensor& tensor) { tensor.file->release(tensor); }
+void Checkpoint::release(const HostTensor& tensor, size_t bytes) {
+  tensor.file->release(tensor, bytes);
+}
+
+void Checkpoint::check_all_used(const std::string& prefix, const std::string& described) const {
+  for (const auto& item : tensors_) {
+    const std::string& name = item.first;
+    // Tables of the rotary embedding, which old checkpoints store, follow from the configuration.
+    if (!name.starts_with(prefix) || name.ends_with(".inv_freq")) continue;
+    FRSPEC_CHECK(resolved_.count(name) != 0, ModelError, item.second->path(), ": tensor ",
+                 quote(name), " does not belong to ", described);
+  }
+}
 
 Tensor Checkpoint::as_matrix(const HostTensor& tensor) {
   FRSPEC_CHECK(tensor.shape.size() == 1 || tensor.shape.size() == 2, ModelError,

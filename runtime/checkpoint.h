@@ -33,7 +33,13 @@ class Checkpoint {
   void prefetch(const std::string& name);
   // Drops the tensor's mapped pages once they were copied, so that a loader never holds a whole
   // file's pages next to the copy.
-  void release(const HostTensor& tensor);
+  void release(const HostTensor& tensor) { release(tensor, tensor.bytes); }
+  // The same of its first bytes, for a tensor that is copied piece by piece.
+  void release(const HostTensor& tensor, size_t bytes);
+
+  // ModelError for a tensor whose name begins with `prefix` that was not asked for: the model is
+  // another one than its configuration says. `described`: what does the saying, for the message.
+  void check_all_used(const std::string& prefix, const std::string& described) const;
 
   // A view: 2-D [rows, cols] as it is, 1-D [n] as [1, n]. ModelError for other ranks.
   static Tensor as_matrix(const HostTensor& tensor);

@@ -117,6 +117,10 @@ void Llama::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType
     layers_.push_back(
         read_decoder_layer(reader, config, concat("model.layers.", index, "."), true));
   }
+  if (checkpoint != nullptr) {
+    checkpoint->check_all_used("model.layers.",
+                               concat("the ", config.num_layers, " layers of config.json"));
+  }
   final_norm_ = reader.vector("model.norm.weight", config.hidden_size);
   head = config.tie_word_embeddings
              ? embedding

@@ -272,13 +272,13 @@ void SafetensorsFile::prefetch(const std::string& name) const {
   madvise(const_cast<unsigned char*>(base_) + begin, found->second.end - begin, MADV_WILLNEED);
 }
 
-void SafetensorsFile::release(const HostTensor& tensor) const {
+void SafetensorsFile::release(const HostTensor& tensor, size_t bytes) const {
   if (tensor.file != this) return;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(tensor.data) - base_);
   const size_t begin = (offset + page - 1) / page * page;
   // The file's last page holds nothing behind the last tensor.
-  const size_t tensor_end = offset + tensor.bytes;
+  const size_t tensor_end = offset + std::min(bytes, tensor.bytes);
   const size_t end = tensor_end == size_ ? tensor_end : tensor_end / page * page;
   if (begin >= end) return;
   madvise(const_cast<unsigned char*>(base_) + begin, end - begin, MADV_DONTNEED);

@@ -4,7 +4,31 @@
 #include <cstring>
 #include <functional>
 
+#include "json_file.h"
+
 namespace frspec {
+namespace {
+
+template <typename Bits>
+bool has_exponent(const Tensor& vector, Bits exponent) {
+  const auto* bits = static_cast<const Bits*>(vector.data);
+  return std::any_of(bits, bits + vector.cols,
+                     [&](Bits each) { return (each & exponent) == exponent; });
+}
+
+// Whether a vector holds neither NaN nor infinity: numbers with all bits of the exponent set.
+bool is_finite(const Tensor& vector) {
+  switch (vector.dtype) {
+    case DType::kF32:
+      return !has_exponent<uint32_t>(vector, 0x7f800000);
+    case DType::kBF16:
+      return !has_exponent<uint16_t>(vector, 0x7f80);
+    default:
+      return !has_exponent<uint16_t>(vector, 0x7c00);  // fp16
+  }
+}
+
+}  // namespace
 
 void WeightReader::fill_vector(float* destination, int64_t size, float value) {
   std::vector<float> values(static_cast<size_t>(size), value);
@@ -19,10 +43,26 @@ float* WeightReader::vector(const std::string& name, int64_t size) {
   }
   const HostTensor& source = checkpoint_->tensor(name, {size});
   if (!arena_.planning()) {
+    FRSPEC_CHECK(is_finite(Checkpoint::as_matrix(source)), ModelError, source.file->path(),
+                 ": tensor ", quote(name), ": expected finite numbers, found NaN or infinity");
     backend_.load_vector(destination, Checkpoint::as_matrix(source));
     checkpoint_->release(source);
   }
   return destination;
+}
+
+void WeightReader::load_rows(const LinearWeight& weight, int64_t first_row,
+                             const HostTensor& source) {
+  constexpr int64_t kBlockBytes = 2 << 20;
+  const Tensor matrix = Checkpoint::as_matrix(source);
+  const int64_t row_bytes = matrix.cols * static_cast<int64_t>(dtype_size(matrix.dtype));
+  // Of whole panels, so that no two blocks write to one.
+  const int64_t block = std::max<int64_t>(kBlockBytes / row_bytes / 64, 1) * 64;
+  for (int64_t row = 0; row < matrix.rows; row += block) {
+    const int64_t rows = std::min(block, matrix.rows - row);
+    backend_.load_linear(weight, first_row + row, matrix.row_slice(row, rows));
+    checkpoint_->release(source, static_cast<size_t>((row + rows) * row_bytes));
+  }
 }
 
 LinearWeight WeightReader::linear(const std::vector<Part>& parts, int64_t in_features,
@@ -51,8 +91,7 @@ LinearWeight WeightReader::linear(const std::vector<Part>& parts, int64_t in_fea
     const HostTensor* bias_source =
         with_bias ? &checkpoint_->tensor(part.name + ".bias", {part.rows}) : nullptr;
     if (!arena_.planning()) {
-      backend_.load_linear(weight, first_row, Checkpoint::as_matrix(source));
-      checkpoint_->release(source);
+      load_rows(weight, first_row, source);
       if (bias_source != nullptr) {
         backend_.load_vector(bias + first_row, Checkpoint::as_matrix(*bias_source));
         checkpoint_->release(*bias_source);
@@ -87,8 +126,8 @@ LinearWeight WeightReader::chosen_rows(const std::string& name, int64_t rows, in
     }
     backend_.load_linear(weight, first,
                          {gathered.data(), matrix.dtype, n, in_features, in_features});
+    checkpoint_->release(source);  // its pages are mapped by sixteen and more at a time
   }
-  checkpoint_->release(source);
   return weight;
 }
 

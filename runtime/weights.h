@@ -48,6 +48,8 @@ class WeightReader {
   }
 
  private:
+  // A whole tensor from row first_row on, its file's pages given back block by block.
+  void load_rows(const LinearWeight& weight, int64_t first_row, const HostTensor& source);
   // A vector of random weights: ones for norms, zeros for biases.
   void fill_vector(float* destination, int64_t size, float value);
 

@@ -19,16 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 import frspec
+from frspec.files import write_whole
+
+try:
+    import torch
+    import transformers  # noqa: F401
+except ImportError as error:
+    sys.exit(f"train_drafter: error: {error.name} is not installed: pip install 'frspec[train]'")
+
 from drafter_training import accept_length, features
 from drafter_training.answers import Writing, write_answers
+from drafter_training.conversations import Skipped
 from drafter_training.tasks import EagleTask, MedusaTask
 from drafter_training.training import Settings, Task, train
-from frspec.files import write_whole
 
 _CUDA = torch.cuda.is_available()
 
@@ -71,6 +78,7 @@ def _add_answers(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=_positive, default=128, help="answers written at a time (default: 128)"
     )
+    _add_strict(parser)
     _add_device(parser)
     parser.set_defaults(run=_answers)
     return parser
@@ -86,7 +94,9 @@ def _answers(args: argparse.Namespace, progress: Progress) -> None:
     writing = Writing(
         args.max_prompt_tokens, args.max_new_tokens, args.temperature, args.batch, args.device
     )
-    write_answers(args.model, args.questions, args.out, writing, args.limit, progress)
+    skipped = None if args.strict else Skipped()
+    write_answers(args.model, args.questions, args.out, writing, args.limit, progress, skipped)
+    _tell(skipped, progress)
 
 
 def _add_features(commands) -> argparse.ArgumentParser:
@@ -103,6 +113,7 @@ def _add_features(commands) -> argparse.ArgumentParser:
         "--min-ascii", type=float, default=0.0, metavar="SHARE",
         help="leave out conversations with a smaller share of ASCII characters",
     )  # fmt: skip
+    _add_strict(parser)
     _add_device(parser)
     parser.set_defaults(run=_features)
     return parser
@@ -110,7 +121,20 @@ def _add_features(commands) -> argparse.ArgumentParser:
 
 def _features(args: argparse.Namespace, progress: Progress) -> None:
     recipe = features.Recipe(str(args.model), args.data, args.max_tokens, args.min_ascii)
-    features.write_cache(args.cache, recipe, int(args.tokens), args.device, progress)
+    skipped = None if args.strict else Skipped()
+    features.write_cache(args.cache, recipe, int(args.tokens), args.device, progress, skipped)
+    _tell(skipped, progress)
+
+
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a line that is no conversation"
+    )
+
+
+def _tell(skipped: Skipped | None, progress: Progress) -> None:
+    if skipped is not None and skipped.count:
+        progress.console.print(str(skipped), markup=False, highlight=False, soft_wrap=True)
 
 
 def _add_eagle(commands) -> argparse.ArgumentParser:
@@ -198,20 +222,27 @@ def _add_measure(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tree", type=int, nargs=3, metavar=("DEPTH", "TOPK", "TOKENS"), help="of the drafts"
     )
+    parser.add_argument("--ranking", type=Path, help="ranking file, for --vocab-size")
+    parser.add_argument("--vocab-size", type=int, help="tokens that the drafter scores")
     parser.set_defaults(run=_measure)
     return parser
 
 
 def _measure(args: argparse.Namespace, progress: Progress) -> None:
-    tree = None if args.tree is None else frspec.Tree(*args.tree)
+    drafting = {
+        "tree": None if args.tree is None else frspec.Tree(*args.tree),
+        "ranking": args.ranking,
+        "vocab_size": args.vocab_size,
+    }
     found = accept_length.measure(
-        args.model, args.drafter, args.cache, tree, args.questions, args.max_new_tokens,
+        args.model, args.drafter, args.cache, drafting, args.questions, args.max_new_tokens,
         args.temperature, progress,
     )  # fmt: skip
     path = args.drafter / "training.json"
     if path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
         name = "default" if args.tree is None else "x".join(map(str, args.tree))
+        name += f", {args.vocab_size} tokens" if args.vocab_size else ""
         report.setdefault("held_out_accept_length", {})[name] = found
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
     print(

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file beside its place, then renames it there. OSError leaves what was there."""
+    """Writes a file beside its place, then renames it there. OSError leaves what was there.
+
+    A link keeps its place, its target is replaced. What is no file (a device, a pipe) is refused.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EINVAL
+        reason = "is a folder" if path.is_dir() else "expected a file, found a device or a pipe"
+        raise OSError(code, reason, os.fspath(path))
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

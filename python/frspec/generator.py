@@ -115,6 +115,7 @@ class Generator:
         if (self._folder / "tokenizer.json").exists():
             self._tokenizer = Tokenizer.load(self._folder)
         self._lock = threading.Lock()  # held around every use of the engine
+        self._requests = threading.RLock()  # held while `generate` writes a text
         self._current: TextStream | None = None
         self._load_s = time.perf_counter() - began
 
@@ -161,13 +162,15 @@ class Generator:
         with one), or "plain". ignore_eos: write on past ending tokens.
 
         Raises RequestError. KeyboardInterrupt ends it between two rounds; the generator stays
-        usable.
+        usable. Requests of other threads wait until the text is written.
         """
-        stream = self.stream(
-            prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method, ignore_eos
-        )
-        for _ in stream:
-            pass
+        with self._requests:
+            stream = self.stream(
+                prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method,
+                ignore_eos,
+            )  # fmt: skip
+            for _ in stream:
+                pass
         return stream.result
 
     def stream(
@@ -190,6 +193,8 @@ class Generator:
         token_ids = self.encode(prompt)
         if method is None:
             method = self._engine.draft_method
+        if not isinstance(method, str):
+            raise RequestError(f"method: expected a name, found {_short(method)}")
         request = {
             "method": method,
             "max_new_tokens": _number("max_new_tokens", max_new_tokens, int),
@@ -205,8 +210,10 @@ class Generator:
         if decoder is None and stop:
             raise RequestError("stop strings need a tokenizer; the model folder has none")
         stream = TextStream(self, method, len(token_ids), decoder, matcher)
-        with self._lock:
+        with self._requests, self._lock:
             previous, self._current = self._current, None
+            if previous is not None:
+                previous._remember_engine()
             try:
                 self._engine.start(token_ids, **request)
             except RequestError:
@@ -261,6 +268,8 @@ class TextStream(Iterator[str]):
         self._token_ids: list[int] = []
         self._accept_lengths: list[int] = []
         self._result: Result | None = None
+        self._seconds: Mapping[str, float] = {}  # of the engine, as it was asked last
+        self._reused_tokens = 0
 
     def __next__(self) -> str:
         while self._result is None:
@@ -320,6 +329,10 @@ class TextStream(Iterator[str]):
         reason = "stop" if self._matcher.matched is not None else self._engine.finish_reason
         return text if reason is None else text + self._finish(reason)
 
+    def _remember_engine(self) -> None:
+        """The engine's figures, while they are this stream's."""
+        self._seconds, self._reused_tokens = self._engine.timings, self._engine.reused_tokens
+
     def _finish(self, reason: Literal["stop", "length", "cancelled"]) -> str:
         """Settles the result; returns the text that was still held back."""
         rest = ""
@@ -329,16 +342,16 @@ class TextStream(Iterator[str]):
                 reason = "stop"
             rest += self._matcher.finish()
             self._pieces.append(rest)
-        current = self._generator._current is self
-        seconds = self._engine.timings if current else dict.fromkeys(("prefill", "draft"), 0.0)
+        if self._generator._current is self:
+            self._remember_engine()
         self._result = Result(
             text="".join(self._pieces),
             token_ids=list(self._token_ids),
             prompt_tokens=self._prompt_tokens,
             finish_reason=reason,
             accept_lengths=list(self._accept_lengths),
-            timings=_timings(self._generator._load_s, seconds, sum(self._accept_lengths)),
-            reused_tokens=self._engine.reused_tokens if current else 0,
+            timings=_timings(self._generator._load_s, self._seconds, sum(self._accept_lengths)),
+            reused_tokens=self._reused_tokens,
             device=self._engine.device,
             method=self._method,
         )
@@ -365,17 +378,23 @@ def plan_engine(
 ) -> tuple[Engine, Path]:
     """The engine with its memory planned and nothing loaded, and the model's folder."""
     folder = hub.resolve(model)
+    for name, value in (("device", device), ("dtype", dtype)):
+        if not isinstance(value, str) and (name, value) != ("dtype", None):
+            raise RequestError(f"{name}: expected a name, found {_short(value)}")
+    if tree is not None and not isinstance(tree, Tree):
+        raise RequestError(f"tree: expected a frspec.Tree, found {_short(tree)}")
     sub_vocab_size = 0
-    if vocab_size not in (None, "full"):
+    if vocab_size is not None and not (isinstance(vocab_size, str) and vocab_size == "full"):
         sub_vocab_size = _number("vocab_size", vocab_size, int)
         if sub_vocab_size < 1:
             raise RequestError(f'vocab_size must be positive or "full", found {vocab_size}')
     fingerprint = ""
     if ranking is not None:
+        if not isinstance(ranking, (str, os.PathLike)) or "\0" in os.fspath(ranking):
+            raise RequestError(f"ranking: expected the path of a file, found {_short(ranking)}")
         tokenizer = Tokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
-        if not sub_vocab_size:  # the engine will not read it: a wrong file is an error all the same
-            Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
+        Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
     medusa = medusa_tree_options(medusa_choices)
     if tree is not None and medusa.get("medusa_paths"):
         raise RequestError("medusa_choices: a list of paths is a whole tree; give it or tree")

@@ -40,8 +40,14 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
 
     Raises ModelError for a path that is no folder and HubError for an id that cannot be fetched.
     """
+    if not isinstance(model, (str, Path)) or not str(model) or "\0" in str(model):
+        raise ModelError(f"expected the path of a folder or a hub id, found {model!r:.60}")
     path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that no file can have
+        raise ModelError(f"{str(model)[:60]}...: no such folder: {error.strerror}") from None
+    if is_folder:
         return path
     if path.exists():
         raise ModelError(f"{path}: expected a model folder, found a file")

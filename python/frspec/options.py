@@ -201,7 +201,9 @@ def vocab_size(text: str) -> int | str:
 
 
 def _byte_count(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([kmgt]?)(i?)b)?", text.strip(), re.IGNORECASE
+    )
     if match is None:
         raise argparse.ArgumentTypeError(
             f"expected a size such as 2GB, 512MiB or 1000000, found {text!r}"

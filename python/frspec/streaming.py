@@ -186,6 +186,8 @@ class StopMatcher:
     def __init__(self, stops: Iterable[str]):
         if isinstance(stops, str):
             stops = [stops]
+        if not isinstance(stops, Iterable):
+            raise RequestError(f"stop: expected a string or strings, found {stops!r:.60}")
         self._stops = list(stops)
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:

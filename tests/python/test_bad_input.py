@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import struct
+import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command_line import run_frspec, write_talking_model
+from command_line import FRSPEC, environment, run_frspec, write_talking_model
 from conftest import write_ranking
-from frspec import cli
+from frspec import FrspecError, Generator, RequestError, cli
 from reference import tiny
 from reference.storage import encode, read_safetensors, write_safetensors
 
@@ -211,6 +213,20 @@ def test_missing_tensor(refused, broken) -> None:
     refused("generate", "--model", broken, *PROMPT, expect=(name,))
 
 
+def test_layers_that_the_config_does_not_have(refused, broken) -> None:
+    config = json.loads((broken / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (broken / "config.json").write_text(json.dumps(config))
+    expect = ('"model.layers.1.', "does not belong to the 1 layers of config.json")
+    refused("generate", "--model", broken, *PROMPT, expect=expect)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_norm_that_is_no_number(refused, broken, value) -> None:
+    rewrite_tensors(broken, lambda tensors: tensors["model.norm.weight"].__setitem__(3, value))
+    expect = ('"model.norm.weight"', "expected finite numbers")
+    refused("generate", "--model", broken, *PROMPT, expect=expect)
+
+
 def test_tensor_of_another_shape(refused, broken) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
 
@@ -302,7 +318,7 @@ def test_ranking_for_another_tokenizer(refused, files, tmp_path) -> None:
     path = tmp_path / "other.safetensors"
     write_ranking(path, np.arange(MODEL.vocab), "0" * 64)
     args = ["--model", files.model, "--drafter", files.drafter, "--vocab-size", 64]
-    expect = (path, tiny.tokenizer_fingerprint(MODEL), "0" * 64)
+    expect = (path, tiny.tokenizer_fingerprint(MODEL)[:16], "0" * 16)
     refused("generate", *args, "--ranking", path, *PROMPT, expect=expect)
 
 
@@ -352,6 +368,8 @@ def test_empty_prompt(refused, files, tmp_path) -> None:
         ("[1, true]", ("True", "position 1")),
         ("[1, [2]]", ("[2]", "position 1")),
         ("[1, 2", ("JSON",)),
+        ("[" * 100_000, ("JSON",)),
+        ("9" * 5000, ("whole numbers", "position 0")),
         ("\xff", ()),
     ],
 )
@@ -387,6 +405,7 @@ def test_prompt_longer_than_the_context(refused, files, tmp_path) -> None:
         ("--tree-topk", "-1"), ("--tree-tokens", "257"), ("--tree-tokens", "0"),
         ("--max-context", "1"), ("--max-context", "-7"), ("--max-context", str(2**40)),
         ("--memory-limit", "lots"), ("--memory-limit", "0"), ("--memory-limit", "-1GB"),
+        ("--memory-limit", "9" * 400),
         ("--device", "tpu"), ("--dtype", "int4"), ("--method", "magic"),
     ],
 )  # fmt: skip
@@ -394,6 +413,46 @@ def test_nonsense_values(refused, files, option, value) -> None:
     line = refused("generate", "--model", files.model, *PROMPT, f"{option}={value}")
     # The engine's own words are those of Python: max_context for --max-context.
     assert any(option[2:].replace("-", word) in line for word in "-_ "), line
+
+
+def test_tokenizer_config_that_is_too_deep(refused, broken) -> None:
+    (broken / "tokenizer_config.json").write_text("[" * 100_000)
+    refused("generate", "--model", broken, *PROMPT, expect=("tokenizer_config.json", "JSON"))
+
+
+def test_options_of_a_model_without_one(refused) -> None:
+    refused("info", "--drafter", "somewhere", expect=("--drafter needs a --model",))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device": None}, {"dtype": np.float32}, {"ranking": b"ranking"}, {"ranking": "a\0"},
+        {"tree": (1, 3, 4)}, {"vocab_size": np.array([1, 2])}, {"drafter": ""},
+        {"model": "m" * 5000}, {"model": ""}, {"model": 3},
+    ],
+    ids=lambda options: "".join(options),
+)  # fmt: skip
+def test_python_arguments_of_another_type(files, options) -> None:
+    (name,) = options
+    with pytest.raises(FrspecError) as caught:
+        Generator(**{"model": files.model} | options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("request_", [{"method": 3}, {"stop": None}, {"stop": 5}])
+def test_python_requests_of_another_type(files, request_) -> None:
+    with pytest.raises(RequestError, match=next(iter(request_))):
+        Generator(files.model).generate("w7", **request_)
+
+
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 0), (">&-", 2), ("2>&-", 0)])
+def test_closed_streams(files, closed, code) -> None:
+    command = shlex.join([*FRSPEC, "generate", "--model", str(files.model), *map(str, PROMPT)])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr
 
 
 def test_device_that_is_not_there(refused, files) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from checkpoint_files import (
     save_checkpoint,
     write_model,
 )
+from frspec import cli
 from frspec import convert as convert_package
 from frspec.convert import add_arguments, convert
 from frspec.convert import output as output_module
@@ -279,6 +281,21 @@ def test_an_interrupted_conversion_leaves_nothing(model: Path, tmp_path: Path, e
         convert(model, old, progress=interrupt, force=True)
     assert (old / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_conversion_ended_by_sigterm_leaves_nothing(model, tmp_path, monkeypatch) -> None:
+    real = convert_package.convert
+
+    def terminated(*args, progress, **options):
+        return real(*args, progress=lambda *_: os.kill(os.getpid(), signal.SIGTERM), **options)
+
+    monkeypatch.setattr(convert_package, "convert", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", str(model), str(tmp_path / "out"), "--dtype", "bf16"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_existing_output(model: Path, tmp_path: Path) -> None:

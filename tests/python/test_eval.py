@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def test_report_has_the_tables(finished) -> None:
         n for r in records(out) if r["method"] == "eagle2" and r["task"] == "mt"
         for n in r["accept_lengths"]
     ]  # fmt: skip
+    assert "tree of depth 1, top 3, 4 tokens" in report and "12 new tokens at most" in report
     row = next(line for line in report.splitlines() if line.startswith("| EAGLE-2 |"))
     assert row.split("|")[2].strip() == f"{sum(accept) / len(accept):.2f}"
 
@@ -130,6 +132,7 @@ def test_medusa_beside_eagle(files, tmp_path) -> None:
     command = files.arguments(tmp_path, "mt")
     done = run_frspec(*command, "--drafter", files.heads, "--medusa-choices", "vicuna_7b_stage1")
     assert done.returncode == 0, done.stderr
+    assert "- Medusa drafter:" in done.stdout and "of vicuna_7b_stage1" in done.stdout
     methods = ["plain", "eagle2", "eagle2-128", "medusa", "medusa-128"]
     assert [record["method"] for record in records(tmp_path)][:5] == methods
     assert all(record["same_as_plain"] for record in records(tmp_path))
@@ -205,6 +208,27 @@ def test_a_finished_run_does_nothing_more(finished, files) -> None:
     assert (out / "results.jsonl").read_bytes() == before
 
 
+def test_rounding_of_another_instruction_set_is_another_configuration(finished, files) -> None:
+    out, _ = finished
+    done = run_frspec(*files.arguments(out, "mt", "conv"), env={"FRSPEC_CPU_ISA": "portable"})
+    assert "device_name was" in error_line(done) and "portable" in error_line(done)
+
+
+def test_two_drafters_of_one_method_are_refused(files, tmp_path) -> None:
+    copy = shutil.copytree(files.drafter, tmp_path / "copy")
+    done = run_frspec(*files.arguments(tmp_path / "out", "mt"), "--drafter", copy)
+    assert "--drafter: expected one for each method" in error_line(done)
+
+
+def test_record_without_its_figures(finished, tmp_path) -> None:
+    out, _ = finished
+    header, first, *_ = read_json_lines(out / "results.jsonl")
+    del first["decode_s"]
+    write_json_lines(tmp_path / "results.jsonl", [header, first | {"parts": first["part"]}])
+    done = run_frspec("eval", "--report-only", tmp_path, "--no-plots")
+    assert "results.jsonl:2: expected a field decode_s" in error_line(done)
+
+
 def test_a_run_can_be_extended(files, tmp_path) -> None:
     out = tmp_path / "out"
     assert run_frspec(*files.arguments(out, "mt"), "--limit", 1).returncode == 0
@@ -220,8 +244,9 @@ def test_a_run_can_be_extended(files, tmp_path) -> None:
         (["--seed", 3], "request.seed was 0, now 3"),
         (["--max-new-tokens", 13], "request.max_new_tokens was 12, now 13"),
         (["--vocab-sizes", 64], "methods was ['plain', 'eagle2', 'eagle2-128']"),
-        (["--tree-depth", 2], "tree.depth was 1, now 2"),
+        (["--tree-depth", 2], "trees.eagle2.depth was 1, now 2"),
         (["--threads", 1], "threads was None, now 1"),
+        (["--workers", 2], "workers was '1', now '2'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

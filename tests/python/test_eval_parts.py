@@ -301,6 +301,7 @@ def test_an_error_of_a_job_ends_the_run(files) -> None:
 
 def test_nothing_is_counted_twice(tmp_path) -> None:
     record = {"task": "qa", "question_id": "1", "question": "f", "turn": 1, "method": "plain"}
+    record["error"] = "too long"
     with ResultsFile(tmp_path / "results.jsonl", {}) as results:
         results.append([record])
         with pytest.raises(EvaluationError, match="qa 1 plain would be counted twice"):

@@ -33,7 +33,8 @@ print(sum(size for _, size in engine.plan), peak_bytes() - before)
 def test_peak_memory_is_within_five_percent_of_the_plan(tmp_path):
     if sys.platform != "linux":
         pytest.skip("reads /proc/self/status")
-    sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 1408, "vocab": 2048, "layers": 12}
+    # As of real models, the embedding is the largest tensor and a good part of the whole.
+    sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "ffn": 1408, "vocab": 40000, "layers": 8}
     model = tiny.TinyModel(name="memory", dtype="bfloat16", **sizes)
     target = tiny.write_model(tmp_path / "target", model)
     drafter = tiny.write_drafter(tmp_path / "drafter", model, target, tiny.TinyDrafter())

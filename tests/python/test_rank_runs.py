@@ -16,7 +16,8 @@ import safetensors.numpy
 
 from command_line import environment, run_frspec
 from frspec.errors import RankingError
-from frspec.ranking import Ranking, checkpoint, chunk, command, file_chunks, table_chunks
+from frspec.ranking import Ranking, checkpoint, chunk, command, file_chunks, table_chunks, workers
+from frspec.ranking.merge import merge_rankings
 from ranking_files import (
     RECORDS,
     TEXTS,
@@ -99,7 +100,7 @@ def test_error_in_a_worker_is_the_first_of_the_corpus(folder, tmp_path, monkeypa
     assert not (tmp_path / "ranking.safetensors").exists()
 
 
-def test_worker_that_dies_ends_the_run_and_nothing_is_lost(folder, inputs, tmp_path, monkeypatch):
+def test_what_a_dead_worker_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
     read_chunks = command.read_chunks
 
     def killing(*args):
@@ -109,11 +110,25 @@ def test_worker_that_dies_ends_the_run_and_nothing_is_lost(folder, inputs, tmp_p
             yield each
 
     monkeypatch.setattr(command, "read_chunks", killing)
+    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
+    assert capsys.readouterr().err.count("2 new ones count what it had") == 1
+
+
+def test_workers_that_die_again_and_again_end_the_run(folder, inputs, tmp_path, monkeypatch):
+    count_of = workers._Pool._submit
+
+    def killing(pool, chunk):
+        future = count_of(pool, chunk)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+        return future
+
     options = ["--input", *inputs, "--processes", 2, "--checkpoint", tmp_path / "checkpoint"]
-    with pytest.raises(RankingError, match="one of 2 worker processes died"):
-        rank(folder, *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers._Pool, "_submit", killing)
+        with pytest.raises(RankingError, match="3 times at the same place"):
+            rank(folder, *options)
     assert not (tmp_path / "ranking.safetensors").exists()
-    monkeypatch.setattr(command, "read_chunks", read_chunks)
     check_counts(rank(folder, *options), TEXTS * 6 * REPEATS)
 
 
@@ -313,4 +328,12 @@ def test_rankings_that_do_not_belong_together_are_refused(folder, tmp_path):
     refused(f"vocab_size: expected {VOCAB_SIZE} as in {good}", counts=np.ones(40, np.int64))
     refused("special_ids: expected [0] as in", special_ids=[1])
     refused("would be counted twice", good, tmp_path / "." / "good.safetensors")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(good.read_bytes())
+    refused(f"{copy}: would be counted twice, its counts are in {good} too", good, copy)
+    more = tmp_path / "more.safetensors"
+    rank(folder, "--input", write_lines(tmp_path / "d.jsonl", RECORDS["text"] * 2)).save(more)
+    merged = tmp_path / "both.safetensors"
+    merge_rankings([good, more]).save(merged)
+    refused(f"its counts are in {merged} too", merged, more)
     refused("no such ranking file", good, tmp_path / "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import frspec
@@ -42,9 +44,21 @@ def test_a_new_request_ends_the_open_stream(generator):
     expected = exhaust(generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True))
     open_stream = generator.stream([7, 7], max_new_tokens=20, ignore_eos=True)
     open_stream._step()
+    open_stream._step()
     assert exhaust(generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True)) == expected
     assert list(open_stream) == []
     assert open_stream.result.finish_reason == "cancelled"
+    timings = open_stream.result.timings
+    assert timings.prefill_s > 0 and timings.decode_s > 0
+
+
+def test_threads_wait_for_each_other(generator):
+    expected = generator.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids
+    with ThreadPoolExecutor(4) as pool:
+        texts = pool.map(
+            lambda _: generator.generate(PROMPT, max_new_tokens=40, ignore_eos=True), range(8)
+        )
+        assert all(text.token_ids == expected for text in texts)
 
 
 def test_a_refused_request_leaves_the_open_stream_alone(generator):

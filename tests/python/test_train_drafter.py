@@ -3,6 +3,7 @@
 Optional: runs where torch and transformers are installed (pip install 'frspec[train]').
 """
 
+import errno
 import json
 import math
 import shutil
@@ -314,14 +315,29 @@ def test_own_answers(monkeypatch, model, data, tmp_path) -> None:
         ('{"text": "a"}', "data.jsonl:2: expected an object with conversations"),
         ('{"conversations": [{"from": "gpt"}]}', "data.jsonl:2: expected an object"),
         ("no JSON", "data.jsonl:2: expected an object"),
+        (b"\xff", "data.jsonl:2: expected an object"),
     ],
 )
 def test_broken_data(monkeypatch, model, tmp_path, capsys, line, named) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text('{"conversations": []}\n' + line + "\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"conversations": []}\n' + line + b"\n")
     options = ["--model", model, "--data", path, "--tokens", 100, "--device", "cpu"]
-    assert run(monkeypatch, "features", tmp_path / "cache", *options) == 2
+    assert run(monkeypatch, "features", tmp_path / "cache", *options, "--strict") == 2
     assert named in capsys.readouterr().err
+    assert run(monkeypatch, "features", tmp_path / "cache", *options) == 0
+    err = capsys.readouterr().err
+    assert "skipped a line without a conversation" in err and named in err
+
+
+def test_full_disk(monkeypatch, model, data, tmp_path, capsys) -> None:
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(features, "write_whole", full)
+    options = ["--model", model, "--data", data, "--tokens", 100, "--device", "cpu"]
+    assert run(monkeypatch, "features", tmp_path / "cache", *options) == 2
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_refusals(monkeypatch, model, cache, tmp_path, capsys) -> None:

@@ -28,10 +28,12 @@ from rich.console import Console
 from rich.progress import track
 
 import frspec
+from frspec.errors import RequestError
 from frspec.evaluation.generate import chat_messages
 from frspec.evaluation.methods import short_size
 from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
+from frspec.files import write_whole
 from frspec.tokenizer import Tokenizer
 
 PLAIN = "frspec, plain"
@@ -52,7 +54,12 @@ def main() -> int:
     )
     parser.add_argument("--medusa-vocab-size", type=int, default=16384, help="of Medusa + FR")
     parser.add_argument(
-        "--tasks", nargs="+", default=["mt", "conv", "rag", "math", "qa", "summ", "code"]
+        "--tasks",
+        nargs="+",
+        default=["mt", "conv", "rag", "math", "qa", "summ", "code"],
+        choices=list(TASKS),
+        metavar="TASK",
+        help=f"of {', '.join(TASKS)} (default: all but gsm8k)",
     )
     parser.add_argument("--spec-bench", required=True, help="question.jsonl of Spec-Bench")
     parser.add_argument("--limit", type=int, default=10, help="questions of each task")
@@ -70,6 +77,8 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
+    if args.json:  # before an hour of work
+        args.json.open("a").close()
     tokenizer = Tokenizer.load(args.model)
     prompts = read_prompts(args, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,12 +87,11 @@ def compare(args: argparse.Namespace) -> int:
         for runtime in runtimes.values():
             runtime.close()
     report = summarize(found, [task for task, _ in prompts], tokenizer.ending_ids)
+    print_tables(report, len(prompts))
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"settings": settings, "runtimes": report}, indent=1) + "\n"
-        )
-    print_tables(report, len(prompts))
+        text = json.dumps({"settings": settings, "runtimes": report}, indent=1) + "\n"
+        write_whole(args.json, text.encode())
     return 0
 
 
@@ -92,11 +100,18 @@ def read_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]
     out."""
     tasks = [TASKS[name] for name in args.tasks]
     prompts: list[Prompt] = []
+    left_out = 0
     for question in load_questions(tasks, {"spec_bench": args.spec_bench}, args.limit):
         messages = chat_messages(question, question.turns[:1])
         ids = tokenizer.encode(tokenizer.chat(messages), add_special_tokens=False)
         if len(ids) + args.max_new_tokens <= args.max_context:
             prompts.append((question.task, ids))
+        else:
+            left_out += 1
+    if left_out:
+        print(f"{left_out} questions do not fit into --max-context: left out", file=sys.stderr)
+    if not prompts:
+        raise RequestError(f"--max-context {args.max_context}: no question fits into it")
     return prompts
 
 

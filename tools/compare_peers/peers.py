@@ -112,6 +112,7 @@ class Process:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, options), daemon=True)
         self._process.start()
+        self._name = make.__name__
         theirs.close()
         self._receive()  # loaded
 
@@ -125,7 +126,13 @@ class Process:
         self._process.join(10)
 
     def _receive(self) -> Any:
-        answer = self._pipe.recv()
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join(10)
+            raise RuntimeError(
+                f"the process of {self._name} died (exit code {self._process.exitcode})"
+            ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -14,7 +14,7 @@ from rich.progress import Progress
 from frspec.errors import RequestError
 from frspec.tokenizer import Tokenizer
 
-from .conversations import TrainingError, first_question, read_conversations
+from .conversations import Skipped, TrainingError, first_question, read_conversations
 
 Messages = list[dict[str, str]]
 
@@ -90,16 +90,17 @@ def write_answers(
     writing: Writing,
     limit: int | None,
     progress: Progress,
+    skipped: Skipped | None = None,
 ) -> None:
     """Asks the first question of each conversation and writes the answers as JSON lines.
 
-    Lines that `out` holds already are not written again.
+    Lines that `out` holds already are not written again. skipped: as in read_conversations.
     """
     done = out.read_bytes() if out.is_file() else b""
     whole = done[: done.rfind(b"\n") + 1]  # without what a killed run left of a line
     begun = whole.count(b"\n")
     writer = Writer(folder, writing)
-    asked = list(itertools.islice(_questions(writer, questions), limit))
+    asked = list(itertools.islice(_questions(writer, questions, skipped), limit))
     if [messages for messages, _ in asked[:begun]] != _asked_before(whole):
         raise TrainingError(
             f"{out}: expected answers to the same questions in the same order, found others; give"
@@ -130,9 +131,11 @@ def _asked_before(lines: bytes) -> list[Messages] | None:
         return None
 
 
-def _questions(writer: Writer, path: Path) -> Iterator[tuple[Messages, list[int]]]:
+def _questions(
+    writer: Writer, path: Path, skipped: Skipped | None
+) -> Iterator[tuple[Messages, list[int]]]:
     """Questions with their tokens; eight batches at a time are put in order of length."""
-    questions = filter(None, map(first_question, read_conversations(path)))
+    questions = filter(None, map(first_question, read_conversations(path, skipped)))
     encoded = ((question, writer.encode(question)) for question in questions)
     limit = writer.writing.max_prompt_tokens
     short = ((question, ids) for question, ids in encoded if ids and len(ids) <= limit)

@@ -22,29 +22,57 @@ class TrainingError(FrspecError):
 
 
 @dataclass
+class Skipped:
+    """Lines that are no conversations."""
+
+    count: int = 0
+    first: str = ""  # what is wrong with the first of them
+
+    def __str__(self) -> str:
+        lines = "a line" if self.count == 1 else f"{self.count} lines"
+        return f"skipped {lines} without a conversation ({self.first})"
+
+
+@dataclass
 class Sequence:
     tokens: np.ndarray  # int32 [n]
     written: np.ndarray  # bool [n]: of an answer, so that the target predicts it
 
 
-def read_conversations(path: Path) -> Iterator[list[dict[str, str]]]:
+def read_conversations(
+    path: Path, skipped: Skipped | None = None
+) -> Iterator[list[dict[str, str]]]:
     """Chat messages of each line: {"conversations": [{"from", "value"}]} as in ShareGPT, or
-    {"messages": [{"role", "content"}]}. Lines of another kind are an error that names them."""
+    {"messages": [{"role", "content"}]}. Lines of another kind are counted in `skipped`; without
+    it they are an error that names them."""
     if not path.is_file():
         raise TrainingError(f"{path}: no such file of conversations")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
-            try:
-                record = json.loads(line)
-                turns = record["conversations" if "conversations" in record else "messages"]
-                yield [_message(turn) for turn in turns]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise TrainingError(
-                    f"{path}:{number}: expected an object with conversations"
-                    ' ([{"from", "value"}, ...]) or messages ([{"role", "content"}, ...])'
-                ) from None
+            messages = _messages(line)
+            if messages is not None:
+                yield messages
+                continue
+            wrong = (
+                f"{path}:{number}: expected an object with conversations"
+                ' ([{"from", "value"}, ...]) or messages ([{"role", "content"}, ...])'
+            )
+            if skipped is None:
+                raise TrainingError(wrong)
+            skipped.first = skipped.first or wrong
+            skipped.count += 1
+
+
+def _messages(line: bytes) -> list[dict[str, str]] | None:
+    """None when the line has none."""
+    try:
+        record = json.loads(line)
+        turns = record["conversations" if "conversations" in record else "messages"]
+        return [_message(turn) for turn in turns]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _message(turn: dict[str, Any]) -> dict[str, str]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from frspec.files import umask
+from frspec.files import write_whole
 
 from .conversations import TrainingError
 
@@ -186,11 +186,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], config: dict[str,
         name: tensor.detach().to(torch.bfloat16).cpu().contiguous()
         for name, tensor in tensors.items()
     }
-    temporary = folder / ".model.safetensors"
-    save_file(stored, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o666 & ~umask())  # the library's files are private
-    temporary.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+    write_whole(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def load_eagle(drafter: Eagle, folder: Path) -> None:

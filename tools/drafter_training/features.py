@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,14 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from frspec.files import write_whole
 from frspec.tokenizer import Tokenizer
 
 from .conversations import (
     Sequence,
+    Skipped,
     TrainingError,
     first_question,
     read_conversations,
@@ -96,11 +96,16 @@ class Target:
 
 
 def write_cache(
-    folder: Path, recipe: Recipe, tokens_wanted: int, device: str, progress: Progress
+    folder: Path,
+    recipe: Recipe,
+    tokens_wanted: int,
+    device: str,
+    progress: Progress,
+    skipped: Skipped | None = None,
 ) -> None:
     """Fills a cache up to tokens_wanted; one that was begun with the same recipe goes on.
 
-    TrainingError when it was begun with another one.
+    TrainingError when it was begun with another one. skipped: as in read_conversations.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state_path = folder / "cache.json"
@@ -134,7 +139,7 @@ def write_cache(
         write_whole(state_path, json.dumps(state, indent=1).encode())
         progress.update(task, completed=state["tokens"])
 
-    for index, messages in enumerate(_all_conversations(recipe.data)):
+    for index, messages in enumerate(_all_conversations(recipe.data, skipped)):
         if index < state["conversations"]:
             continue
         text = "".join(message["content"] for message in messages)
@@ -165,9 +170,9 @@ def holds_out(messages: list[dict[str, str]]) -> bool:
     )
 
 
-def _all_conversations(files: list[str]) -> Iterator[list[dict[str, str]]]:
+def _all_conversations(files: list[str], skipped: Skipped | None) -> Iterator[list[dict[str, str]]]:
     for file in files:
-        yield from read_conversations(Path(file))
+        yield from read_conversations(Path(file), skipped)
 
 
 def _write_part(path: Path, target: Target, sequences: list[Sequence]) -> None:
@@ -178,9 +183,7 @@ def _write_part(path: Path, target: Target, sequences: list[Sequence]) -> None:
     tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     lengths = [len(row["tokens"]) for row in rows]
     tensors["starts"] = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int64))
-    temporary = path.with_name(f".{path.name}")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    write_whole(path, save(tensors))
 
 
 def batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,9 +171,9 @@ class Run:
             "generator": self.generator.get_state(),
             "progress": (self.epoch, self.batch, self.steps, self.tokens, self.seconds),
         }
-        temporary = self.out / (_CHECKPOINT + ".new")
-        torch.save(state, temporary)
-        os.replace(temporary, self.out / _CHECKPOINT)
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_whole(self.out / _CHECKPOINT, data.getvalue())
         self._saved = time.monotonic()
 
     def resume(self) -> None:

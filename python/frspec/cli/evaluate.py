@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     questions = load_questions(tasks, files, args.limit)
     check_template(setup, questions)
     plan = plan_methods(setup, methods, args.workers)
-    header = make_header(setup, methods, plan, version())
+    header = make_header(setup, methods, plan, version(), args.workers)
     with ResultsFile(args.out / FILE_NAME, header) as results:
         if results.dropped:
             say(f"{results.path}: {results.dropped} records of an unfinished question dropped")
@@ -185,8 +185,13 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
     drafters = {}
     for text in args.drafter:
         method, equals, folder = text.partition("=")
-        named = equals and not Path(text).exists()
-        drafters |= {method: folder} if named else {drafter_method(hub.resolve(text)): text}
+        if not equals or Path(text).exists():
+            method, folder = drafter_method(hub.resolve(text)), text
+        if drafters.setdefault(method, folder) != folder:
+            raise RequestError(
+                f"--drafter: expected one for each method, found {drafters[method]} and {folder}"
+                f" for {method}"
+            )
     wanted = args.methods or [PLAIN, *drafters]
     sizes = args.vocab_sizes
     if sizes is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -145,11 +146,11 @@ def _parse_token_ids(text: str, name: str) -> list[int]:
     if text.lstrip().startswith("["):
         try:
             token_ids = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"{where}: cannot be read as JSON: {error}") from None
     else:
         words = text.replace(",", " ").split()
-        token_ids = [int(w) if w.removeprefix("-").isdecimal() else w for w in words]
+        token_ids = [int(w) if re.fullmatch(r"-?[0-9]{1,18}", w) else w for w in words]
     for position, token_id in enumerate(token_ids):
         if type(token_id) is not int:
             raise RequestError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import _core
 from ..console import format_bytes, write_json, write_table
+from ..errors import RequestError
 from ..generator import plan_engine
 from ..options import add_machine_options, add_model_options, add_tree_options, generator_options
 
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
+    for option in ("drafter", "ranking", "vocab_size"):
+        if args.model is None and getattr(args, option) is not None:
+            raise RequestError(f"--{option.replace('_', '-')} needs a --model")
     facts: dict[str, Any] = {"build": _describe_build()}
     if args.model is not None:
         facts |= _describe_model(args, facts["build"]["devices"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    with progress:
+    with progress, _ended_by_sigterm():
         folder = convert(
             args.source,
             args.out,
@@ -84,3 +88,17 @@ def run(args: argparse.Namespace) -> int:
     if str(folder) == str(Path(args.out).expanduser()):
         say(f"{args.source} converted: load it from {folder}")
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends Python at once by default, and what was half written would stay."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

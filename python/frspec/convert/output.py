@@ -37,7 +37,7 @@ def check_destination(out: Path, sources: Sequence[Path], force: bool) -> None:
         return
     if not force:
         raise ConversionError(
-            f"{out}: expected a new or empty folder, found files in it (force replaces it)"
+            f"{out}: expected a new or empty folder, found files in it (--force replaces it)"
         )
     if not (out / "config.json").is_file():
         raise ConversionError(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+from .. import _core
 from ..errors import EvaluationError, FrspecError
 from .generate import Job, Setup, Worker
 from .schedule import Reply
@@ -38,6 +39,13 @@ class RayWorkers:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
         if gpus and setup.machine["device"] != "cpu":
+            if not any(
+                device["name"] == "cuda" and device["available"] for device in _core.devices()
+            ):
+                raise EvaluationError(
+                    f"--workers ray: the cluster has {gpus} GPUs and this machine, which plans the"
+                    " run, has none: expected a GPU here too, or --device cpu"
+                )
             # Ray lets each actor see its own GPU only.
             setups, options = [setup.on(device="cuda")] * gpus, {"num_gpus": 1}
         else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import EvaluationError
 from ..files import write_whole
-from .methods import Configuration
+from .methods import LABELS, Configuration
 from .statistics import Run
 
 FILE_NAME = "report.md"
@@ -134,9 +135,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 def _describe(run: Run) -> str:
     header, request = run.header, run.header.get("request", {})
-    drafters = ", ".join(f"{name} {path}" for name, path in header.get("drafters", {}).items())
     devices = sorted({record["device"] for record in run.records})
-    tree = header.get("tree") or {}
     sampling = f"temperature {request.get('temperature', 0):g}"
     if request.get("temperature"):
         sampling += f", seed {request.get('seed')}"
@@ -146,13 +145,45 @@ def _describe(run: Run) -> str:
     )
     lines = [
         f"- model: {header.get('model')}",
-        f"- drafter: {drafters or 'none'}; tree of depth {tree.get('depth')}, top"
-        f" {tree.get('topk')}, {tree.get('tokens')} tokens",
-        f"- device: {', '.join(devices) or 'none yet'}; {sampling}",
+        *_describe_drafters(header),
+        f"- device: {', '.join(devices) or 'none yet'} ({', '.join(_describe_machine(header))})",
+        f"- {sampling}; {_describe_length(request)}",
         f"- questions: {', '.join(counts) or 'none yet'}",
         f"- frspec {header.get('versions', {}).get('frspec')}",
     ]
     return "\n".join(lines)
+
+
+def _describe_drafters(header: Mapping[str, Any]) -> list[str]:
+    trees = header.get("trees", {})
+    lines = []
+    for method, path in header.get("drafters", {}).items():
+        line = f"- {LABELS.get(method, method)} drafter: {path}"
+        if method == "medusa" and method in trees:
+            choices = header.get("medusa_choices") or {}
+            line += f"; tree of {trees[method]['tokens']} tokens"
+            line += f" of {choices}" if isinstance(choices, str) else ""
+        elif method in trees:
+            tree = trees[method]
+            line += f"; tree of depth {tree['depth']}, top {tree['topk']}, {tree['tokens']} tokens"
+        lines.append(line)
+    if header.get("ranking"):
+        lines.append(f"- ranking: {header['ranking']}")
+    return lines or ["- drafter: none"]
+
+
+def _describe_machine(header: Mapping[str, Any]) -> list[str]:
+    words = [str(header.get("device_name"))]
+    if header.get("device") == "cpu":
+        words.append(f"{header.get('threads') or 'all'} threads")
+    words.append(f"weights in {header.get('dtype') or 'the type of the file'}")
+    workers = header.get("workers", "1")
+    return words if workers == "1" else [*words, f"{workers} workers"]
+
+
+def _describe_length(request: Mapping[str, Any]) -> str:
+    tokens = request.get("max_new_tokens")
+    return f"{tokens or 'as many as the task has'} new tokens at most"
 
 
 def _decoding_note(run: Run) -> str:

@@ -28,8 +28,13 @@ Record = dict[str, Any]
 Key = tuple[str, str, str]  # task, question_id, method
 
 # Of the header: what things are called; their fingerprints say whether they are the same.
-_NAMES = ("model", "drafters")
+_NAMES = ("model", "drafters", "ranking")
 _KEYS = ("task", "question_id", "question", "turn", "method", "part", "parts")
+# Of a record without an error, what the report needs.
+_MEASURED = (
+    "tokens", "accept_lengths", "prefill_s", "decode_s", "draft_s", "verify_s", "rest_s", "device",
+    "token_ids_sha256", "text",
+)  # fmt: skip
 
 
 class ResultsFile:
@@ -42,6 +47,8 @@ class ResultsFile:
         self.records: list[Record] = []
         self._keys: dict[Key, str] = {}  # to the question's fingerprint
         self.dropped = 0  # records of an unfinished write that were cut off
+        if path.parent.exists() and not path.parent.is_dir():
+            raise EvaluationError(f"{path.parent}: expected a folder for the results, found a file")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -204,7 +211,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _check_record(path: Path, number: int, record: Mapping[str, Any]) -> None:
-    missing = [name for name in _KEYS if name not in record]
+    names = _KEYS if "error" in record else _KEYS + _MEASURED
+    missing = [name for name in names if name not in record]
     if missing:
         raise EvaluationError(f"{path}:{number}: expected a field {missing[0]}; not a record")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,13 @@ from ..generator import Tree, plan_engine
 from ..tokenizer import Tokenizer
 from .fingerprint import file_fingerprint, folder_fingerprint
 from .generate import Job, Setup, chat_messages, mark_identity
-from .methods import Configuration
+from .methods import PLAIN, Configuration
 from .process_workers import ProcessWorkers
 from .results import Record, ResultsFile
 from .schedule import InlineWorker, Workers, run_jobs
 from .tasks import TASKS, Question
+
+_TELL_EVERY_S = 60.0  # where no terminal shows the progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,30 +40,33 @@ class Plan:
     """Where the methods run: device, and whether all of them fit into its memory together."""
 
     device: str
-    device_name: str
+    device_name: str  # for a CPU with its instruction set, on which the rounding depends
     max_context: int
     vocab_size: int
-    tree: Tree
+    trees: dict[str, Tree]  # of the methods that draft
     together: bool
 
 
 def plan_methods(setup: Setup, methods: Iterable[Configuration], workers: str = "1") -> Plan:
     """Plans every generator before any is loaded: what is wrong with one ends the run here."""
-    total = 0
+    total, trees = 0, {}
     for method in methods:
         engine, _ = plan_engine(**setup.generator_options(method))
         total += sum(dict(engine.plan).values())
-    if engine.device == "cpu" and workers.isdecimal():  # they share the memory
-        total *= max(1, int(workers))
+        if method.method != PLAIN:
+            trees[method.method] = Tree(*engine.tree)
+    # Those of one machine share its memory; of a cluster each machine may have its own.
+    sharing = workers.removeprefix("" if "RAY_ADDRESS" in os.environ else "ray:")
+    if engine.device == "cpu" and sharing.isdecimal():
+        total *= max(1, int(sharing))
     kind = engine.device.split(":")[0]
     device = next(d for d in _core.devices() if d["name"] == kind)
     available = device["available_bytes"]
     if setup.machine["memory_limit"] is not None:
         available = min(available, setup.machine["memory_limit"])
-    name = device["description"].partition(",")[0]
-    tree = Tree(*engine.tree)
+    name = device["description"].rpartition(",")[0] if kind == "cpu" else device["description"]
     fits = total <= available
-    return Plan(engine.device, name, engine.max_context, engine.vocab_size, tree, fits)
+    return Plan(engine.device, name, engine.max_context, engine.vocab_size, trees, fits)
 
 
 def check_template(setup: Setup, questions: Sequence[Question]) -> None:
@@ -70,7 +77,7 @@ def check_template(setup: Setup, questions: Sequence[Question]) -> None:
 
 
 def make_header(
-    setup: Setup, methods: Iterable[Configuration], plan: Plan, version: str
+    setup: Setup, methods: Iterable[Configuration], plan: Plan, version: str, workers: str
 ) -> dict[str, Any]:
     """What results depend on. Tasks and --limit are not in it: a run may be extended."""
     drafters = {name: hub.resolve(folder) for name, folder in setup.drafters.items()}
@@ -80,18 +87,20 @@ def make_header(
         "vocab_size": plan.vocab_size,
         "drafters": dict(setup.drafters),
         "drafter_fingerprints": {n: folder_fingerprint(path) for n, path in drafters.items()},
+        "ranking": setup.ranking,
         "ranking_fingerprint": None
         if setup.ranking is None
         else file_fingerprint(Path(setup.ranking)),
         "methods": [method.name for method in methods],
         "request": dict(setup.request),
-        "tree": dataclasses.asdict(plan.tree),
+        "trees": {name: dataclasses.asdict(tree) for name, tree in plan.trees.items()},
         "medusa_choices": setup.medusa_choices,
         "device": plan.device.split(":")[0],
         "device_name": plan.device_name,
         "dtype": setup.machine["dtype"],
         "max_context": plan.max_context,
         "threads": setup.machine["threads"],
+        "workers": workers,
         "versions": {"frspec": version},
     }
 
@@ -125,16 +134,21 @@ def generate(
         return []
     running = start_workers(setup, workers, left)
     left_out: list[Job] = []
+    told = time.monotonic()
     try:
         with _progress() as progress:
             bar = progress.add_task("", total=total, completed=total - left)
 
             def done(job: Job, records: list[Record]) -> None:
+                nonlocal told
                 question = job.question
                 plain = results.plain_ids(question.task, question.question_id)
                 results.append(mark_identity(records, plain))
                 label = f"{TASKS[question.task].label} {question.question_id}"
                 progress.update(bar, description=label, advance=1)
+                if progress.disable and time.monotonic() - told > _TELL_EVERY_S:
+                    told = time.monotonic()
+                    say(f"{progress.tasks[bar].completed:.0f} of {total} jobs done")
 
             # A pass ends before the next begins: later ones are compared with plain decoding.
             for jobs in jobs_of_passes:

@@ -184,7 +184,7 @@ def _count(
     try:
         with (
             _progress(console) as progress,
-            closing(_counted(args, chunks, folder, tokenizer)) as counted,
+            closing(_counted(args, chunks, folder, tokenizer, console)) as counted,
         ):
             task = progress.add_task("counting", total=total_bytes, rate="")
             for tally in add_up(
@@ -232,10 +232,16 @@ def _count(
 
 
 def _counted(
-    args: argparse.Namespace, chunks: Iterator[Chunk], folder: Path, tokenizer: Tokenizer
+    args: argparse.Namespace,
+    chunks: Iterator[Chunk],
+    folder: Path,
+    tokenizer: Tokenizer,
+    console: Console,
 ) -> Iterator[tuple[Chunk, ChunkCount]]:
     if (args.processes or 1) > 1:
-        yield from count_in_processes(chunks, folder, args.field, args.processes)
+        yield from count_in_processes(
+            chunks, folder, args.field, args.processes, lambda line: _say(console, line)
+        )
     else:
         for chunk in chunks:
             yield chunk, count_chunk(tokenizer, chunk, args.field)

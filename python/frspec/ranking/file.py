@@ -3,7 +3,8 @@
     token_ids  int32 [n]   descending count; equal counts by ascending id
     counts     int64 [n]   occurrences of token_ids[i] in the corpus
     metadata   format "frspec-ranking", version "1", tokenizer_fingerprint, corpus,
-               tokens_counted, special_ids (JSON list), vocab_size, source
+               tokens_counted, special_ids (JSON list), vocab_size, source; of a merged file also
+               parts (JSON list of the fingerprints of what it was merged from)
 
 `source` is "counted", or "imported" for a published list of ids: its order is kept, its counts are
 zero. A counted file holds every id of the vocabulary, so one file serves every sub-vocabulary.
@@ -11,6 +12,7 @@ zero. A counted file holds every id of the vocabulary, so one file serves every 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -42,6 +44,7 @@ class Ranking:
     special_ids: list[int]
     vocab_size: int
     source: str = "counted"
+    parts: list[str] = field(default_factory=list)  # fingerprints, of a merged file
     path: str = field(default="ranking")  # where it came from, for messages
 
     def __len__(self) -> int:
@@ -55,6 +58,7 @@ class Ranking:
         tokenizer_fingerprint: str,
         corpus: str,
         special_ids: Iterable[int],
+        parts: Iterable[str] = (),
     ) -> Ranking:
         """Ranks a vocabulary from `counts` [vocab_size], the occurrences of each token id."""
         counts = np.asarray(counts, dtype=np.int64)
@@ -67,12 +71,15 @@ class Ranking:
             tokens_counted=int(counts.sum()),
             special_ids=sorted(special_ids),
             vocab_size=len(counts),
+            parts=list(parts),
         )
 
     @classmethod
     def load(cls, path: str | Path) -> Ranking:
         """Reads and validates a ranking file; RankingError names what is wrong with it."""
         path = os.fspath(path)
+        if os.path.isdir(path):
+            raise RankingError(f"{path}: expected a ranking file, found a folder")
         if not os.path.isfile(path):
             raise RankingError(f"{path}: no such ranking file")
         try:
@@ -100,6 +107,7 @@ class Ranking:
             special_ids=_id_list(path, metadata, "special_ids"),
             vocab_size=_count(path, metadata, "vocab_size"),
             source=_text(path, metadata, "source"),
+            parts=_parts(path, metadata),
             path=path,
         )
         ranking.validate()
@@ -120,7 +128,8 @@ class Ranking:
                 "special_ids": json.dumps(self.special_ids),
                 "vocab_size": str(self.vocab_size),
                 "source": self.source,
-            },
+            }
+            | ({"parts": json.dumps(self.parts)} if self.parts else {}),
         )
         try:
             write_whole(path, data)
@@ -191,6 +200,10 @@ class Ranking:
         chosen = forced | (~forced & (np.cumsum(~forced) <= free))
         return np.concatenate([self.token_ids[chosen], missing.astype(np.int32)])
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the counts by token id."""
+        return hashlib.sha256(self.counts_by_id().tobytes()).hexdigest()
+
     def counts_by_id(self) -> np.ndarray:
         """Occurrences by token id, int64 [vocab_size]."""
         counts = np.zeros(self.vocab_size, np.int64)
@@ -221,6 +234,17 @@ def _count(path: str, metadata: dict[str, str], name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise RankingError(f"{path}: {name}: expected a count, found {text[:40]!r}")
     return int(text)
+
+
+def _parts(path: str, metadata: dict[str, str]) -> list[str]:
+    text = metadata.get("parts", "[]")
+    try:
+        parts = json.loads(text)
+    except ValueError:
+        parts = None
+    if not isinstance(parts, list) or any(type(part) is not str for part in parts):
+        raise RankingError(f"{path}: parts: expected a JSON list of texts, found {text[:40]!r}")
+    return parts
 
 
 def _id_list(path: str, metadata: dict[str, str], name: str) -> list[int]:

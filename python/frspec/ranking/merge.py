@@ -20,6 +20,7 @@ def merge_rankings(paths: Sequence[Path], corpus: str | None = None) -> Ranking:
     rankings = [Ranking.load(path) for path in paths]
     first = rankings[0]
     counts = np.zeros(first.vocab_size, np.int64)
+    parts: dict[str, str] = {}  # fingerprint to the file it came with
     for ranking in rankings:
         if ranking.source != "counted":
             raise RankingError(f"{ranking.path}: an imported list has no counts to merge")
@@ -30,6 +31,12 @@ def merge_rankings(paths: Sequence[Path], corpus: str | None = None) -> Ranking:
                 raise RankingError(
                     f"{ranking.path}: {name}: expected {expected} as in {first.path}, found {found}"
                 )
+        for part in ranking.parts or [ranking.fingerprint()]:
+            if part in parts:
+                raise RankingError(
+                    f"{ranking.path}: would be counted twice, its counts are in {parts[part]} too"
+                )
+            parts[part] = ranking.path
         counts += ranking.counts_by_id()
     names = dict.fromkeys(name for r in rankings for name in r.corpus.split(", "))
     return Ranking.from_counts(
@@ -37,6 +44,7 @@ def merge_rankings(paths: Sequence[Path], corpus: str | None = None) -> Ranking:
         tokenizer_fingerprint=first.tokenizer_fingerprint,
         corpus=corpus or ", ".join(names),
         special_ids=first.special_ids,
+        parts=parts,
     )
 
 

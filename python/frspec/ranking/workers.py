@@ -13,8 +13,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -25,39 +25,103 @@ from .count import ChunkCount, count_chunk
 
 # Chunks that wait for each worker, so that none is idle while this process reads.
 _WAITING = 3
+# Times that workers may die one after the other without a chunk that is counted meanwhile: then it
+# is the chunk, or the machine.
+_MAX_DEATHS = 3
 
 _tokenizer: Tokenizer  # of a worker
 
 
 def count_in_processes(
-    chunks: Iterable[Chunk], folder: Path, text_field: str | None, processes: int
+    chunks: Iterable[Chunk],
+    folder: Path,
+    text_field: str | None,
+    processes: int,
+    report: Callable[[str], None],
 ) -> Iterator[tuple[Chunk, ChunkCount]]:
-    """Each chunk and its counts, in order. folder: of the tokenizer."""
-    executor = ProcessPoolExecutor(
-        processes,
-        # A fork would share the locks of the library's threads.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(folder,),
-    )
-    waiting: deque = deque()
+    """Each chunk and its counts, in order. folder: of the tokenizer.
+
+    What a worker that dies had not counted is counted by new ones; report takes a line about it.
+    RankingError when they die, too.
+    """
+    pool = _Pool(folder, text_field, processes, report)
     try:
         for chunk in chunks:
-            with _without_interrupts():
-                waiting.append((chunk, executor.submit(_count, chunk, text_field)))
-            if len(waiting) >= _WAITING * processes:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise RankingError(
-            f"one of {processes} worker processes died (killed, perhaps because memory ran out);"
-            " no ranking was written"
-        ) from None
+            pool.send(chunk)
+            if len(pool.waiting) >= _WAITING * processes:
+                yield pool.receive()
+        while pool.waiting:
+            yield pool.receive()
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        pool.executor.shutdown(wait=False, cancel_futures=True)
+
+
+class _Pool:
+    """Worker processes, and the chunks that were sent to them and not received, in order."""
+
+    def __init__(
+        self, folder: Path, text_field: str | None, processes: int, report: Callable[[str], None]
+    ):
+        self.waiting: deque[tuple[Chunk, Future[ChunkCount] | None]] = deque()
+        self._folder, self._text_field, self._processes = folder, text_field, processes
+        self._report = report
+        self._deaths = 0
+        self._begin()
+
+    def send(self, chunk: Chunk) -> None:
+        self.waiting.append((chunk, self._submit(chunk)))
+
+    def receive(self) -> tuple[Chunk, ChunkCount]:
+        """The first of the waiting chunks, counted."""
+        while True:
+            chunk, future = self.waiting[0]
+            try:
+                found = future.result() if future is not None else None
+            except BrokenProcessPool:
+                found = None
+            if found is not None:
+                self.waiting.popleft()
+                self._deaths = 0
+                return chunk, found
+            self._replace_workers()
+
+    def _begin(self) -> None:
+        self.executor = ProcessPoolExecutor(
+            self._processes,
+            # A fork would share the locks of the library's threads.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(self._folder,),
+        )
+
+    def _submit(self, chunk: Chunk) -> Future[ChunkCount] | None:
+        """None when a worker has died."""
+        try:
+            with _without_interrupts():
+                return self.executor.submit(_count, chunk, self._text_field)
+        except BrokenProcessPool:
+            return None
+
+    def _replace_workers(self) -> None:
+        """One dead worker ends all of an executor's."""
+        self._deaths += 1
+        self.executor.shutdown(wait=True)
+        why = "a worker process died (killed, perhaps because memory ran out)"
+        if self._deaths >= _MAX_DEATHS:
+            raise RankingError(
+                f"{why}, {self._deaths} times at the same place; use fewer --processes. No ranking"
+                " was written"
+            )
+        self._report(f"{why}; {self._processes} new ones count what it had")
+        self._begin()
+        self.waiting = deque(
+            (chunk, future if _is_done(future) else self._submit(chunk))
+            for chunk, future in self.waiting
+        )
+
+
+def _is_done(future: Future[ChunkCount] | None) -> bool:
+    return future is not None and future.done() and future.exception() is None
 
 
 def _begin(folder: Path) -> None:
