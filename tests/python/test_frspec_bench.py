@@ -87,6 +87,28 @@ def test_configurations_take_turns_over_every_prompt(model, tmp_path) -> None:
     assert len(widths) == 1, text  # aligned
 
 
+def test_drafters_beside_each_other(model, tmp_path) -> None:
+    heads = tmp_path / "choices.json"
+    heads.write_text("[[0], [1], [0, 0]]")
+    report, text = measure(
+        tmp_path / "report.json", *drafting(model), *("--prompt-tokens", 5),
+        *("--drafter", model / "medusa", "--compare", "full", "128", "--medusa-choices", heads),
+    )  # fmt: skip
+    found = [(Path(run["drafter"]).name, run["vocab_size"]) for run in report["runs"]]
+    assert found == [(d, size) for d in ("drafter", "medusa") for size in ("full", "128")]
+    methods = [run["drafted"]["method"] for run in report["runs"]]
+    assert methods == ["eagle2", "eagle2", "medusa", "medusa"]
+    assert report["runs"][-1]["tree"][2] == 4  # the root and the three paths
+    for run in report["runs"]:
+        check_run(run)
+    assert "Medusa 128 " in text
+    heads.write_text("[[0], 1]")
+    done = bench(*drafting(model, "medusa"), "--medusa-choices", heads)
+    assert done.returncode == 2 and "expected a JSON list of paths" in done.stderr
+    done = bench(*drafting(model), "--medusa-choices", "mc_sim_7b_63")
+    assert done.returncode == 2 and "expected a Medusa drafter" in done.stderr
+
+
 def test_configurations_one_by_one(model, tmp_path) -> None:
     (tmp_path / "prompt").write_text("1 2 3\n4 5")
     report, text = measure(

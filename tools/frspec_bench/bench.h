@@ -1,7 +1,7 @@
 // What the parts of frspec-bench share: what to measure, and what was measured.
 //
-// A configuration is an engine that drafts: a size of the draft head and a shape of the tree. All
-// of them are in memory together where it holds them, and write the text turn by turn, plain
+// A configuration is an engine that drafts: a drafter, a size of its head and a shape of its tree.
+// All of them are in memory together where it holds them, and write the text turn by turn, plain
 // decoding before them in every turn: a ratio is of texts beside each other, so that it holds on a
 // machine whose speed changes. Where memory does not hold all, each configuration has its own turns
 // with plain decoding.
@@ -22,6 +22,7 @@ namespace frspec::bench {
 using nlohmann::json;
 
 struct Configuration {
+  std::string drafter;            // folder; empty: none
   int64_t vocab_size = 0;         // columns of the draft head; 0: the full vocabulary
   std::optional<TreeShape> tree;  // absent: what suits the device
   double accept_length = 0;       // to plant; 0: none
@@ -33,7 +34,7 @@ struct Prompt {
 };
 
 struct Settings {
-  EngineOptions engine;                       // what all configurations share
+  EngineOptions engine;  // what all configurations share; medusa_tree: those with Medusa heads
   std::vector<Configuration> configurations;  // without a drafter: one, which decodes plainly
   std::vector<std::string> prompt_files;
   std::vector<int64_t> prompt_lengths{512};  // of made-up prompts, where there are no files

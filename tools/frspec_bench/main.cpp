@@ -11,8 +11,9 @@ namespace frspec::bench {
 namespace {
 
 constexpr const char* kDescription =
-    "Measures plain and speculative decoding, part by part. Configurations of the drafter (sizes of"
-    " its head, shapes of its tree) are loaded together where memory holds them and take turns with"
+    "Measures plain and speculative decoding, part by part. Configurations (drafters, sizes of"
+    " their heads, shapes of their trees) are loaded together where memory holds them and take "
+    "turns with"
     " plain decoding; ratios are of texts in the same turn.";
 constexpr const char* kExamples = R"(Examples:
   frspec-bench --model M --drafter D --ranking R.safetensors --vocab-sizes full 16384 \
@@ -23,8 +24,8 @@ docs/benchmark.md explains the columns.)";
 
 // What the command line says, as it is written there.
 struct Words {
-  std::string drafter, ranking, dtype, json_file;
-  std::vector<std::string> vocab_sizes{"full"}, trees, compare;
+  std::string ranking, dtype, json_file, medusa_choices;
+  std::vector<std::string> drafters, vocab_sizes{"full"}, trees, compare;
   std::vector<double> accept_lengths;
   bool no_breakdown = false;
 };
@@ -56,6 +57,22 @@ TreeShape parse_tree(const char* option, const std::string& text) {
   return tree;
 }
 
+// A published tree by its name, or a file with a JSON list of paths.
+MedusaTreeOptions read_medusa_choices(const std::string& text) {
+  MedusaTreeOptions options;
+  options.published = text;
+  if (!std::filesystem::exists(text)) return options;
+  std::ifstream file(text);
+  const json paths = json::parse(file, nullptr, false);
+  try {
+    options.paths = paths.get<MedusaChoices>();
+  } catch (const json::exception&) {
+    throw RequestError(concat(text, ": expected a JSON list of paths such as [[0], [0, 0], [1]]"));
+  }
+  FRSPEC_CHECK(!options.paths.empty(), RequestError, text, ": expected at least one path");
+  return options;
+}
+
 std::vector<Configuration> parse_configurations(const Words& words) {
   std::vector<Configuration> configurations;
   for (const std::string& text : words.compare) {
@@ -71,8 +88,18 @@ std::vector<Configuration> parse_configurations(const Words& words) {
     if (trees.empty()) trees.push_back(std::nullopt);
     for (const std::string& text : words.vocab_sizes) {
       const int64_t size = parse_vocab_size("--vocab-sizes", text);
-      for (const auto& tree : trees) configurations.push_back({size, tree, 0});
+      for (const auto& tree : trees) configurations.push_back({"", size, tree, 0});
     }
+  }
+  if (!words.drafters.empty()) {
+    std::vector<Configuration> of_all;
+    for (const std::string& drafter : words.drafters) {
+      for (Configuration each : configurations) {
+        each.drafter = drafter;
+        of_all.push_back(each);
+      }
+    }
+    configurations = of_all;
   }
   const std::vector<double>& lengths = words.accept_lengths;
   FRSPEC_CHECK(lengths.empty() || lengths.size() == configurations.size(), RequestError,
@@ -91,16 +118,24 @@ void check_writable(const std::string& path) {
 }
 
 // Written after each prompt: what was measured stays if a later one fails or takes too long.
+// Written beside the file and renamed, so that a full disk does not cost the last report.
 void write_report(const json& report, const std::string& path) {
-  std::ofstream file(path);
+  const bool is_file = !std::filesystem::exists(path) || std::filesystem::is_regular_file(path);
+  const std::string place = is_file ? path + ".new" : path;
+  std::ofstream file(place);
   file << report.dump(2) << "\n";
+  file.close();
+  if (!file.good() && is_file) std::filesystem::remove(place);
   FRSPEC_CHECK(file.good(), RequestError, path, ": cannot be written");
+  if (is_file) std::filesystem::rename(place, path);
 }
 
 int run(Settings settings, const Words& words) {
-  if (!words.drafter.empty()) settings.engine.drafter = words.drafter;
   if (!words.ranking.empty()) settings.engine.ranking = words.ranking;
   if (!words.dtype.empty()) settings.engine.dtype = words.dtype;
+  if (!words.medusa_choices.empty()) {
+    settings.engine.medusa_tree = read_medusa_choices(words.medusa_choices);
+  }
   settings.breakdown = !words.no_breakdown;
   settings.configurations = parse_configurations(words);
   if (!words.json_file.empty()) check_writable(words.json_file);
@@ -127,7 +162,6 @@ int run(Settings settings, const Words& words) {
                  {"planted", planted},
                  {"together", plan.together},
                  {"runs", json::array()}};
-  if (!words.drafter.empty()) report["drafter"] = words.drafter;
   bool same = true;
   for (const std::vector<Configuration>& group : plan.groups) {
     const std::vector<Loaded> engines = load(plan.engine, group);
@@ -178,9 +212,16 @@ int main(int argc, char** argv) {
   app.add_option("--json", words.json_file, "also write the report to this file")
       ->option_text("FILE");
 
-  CLI::Option* drafter = app.add_option("--drafter", words.drafter,
-                                        "EAGLE or Medusa drafter (default: plain decoding alone)")
-                             ->option_text("FOLDER");
+  CLI::Option* drafter =
+      app.add_option("--drafter", words.drafters,
+                     "EAGLE or Medusa drafters (default: plain decoding alone); each is measured"
+                     " in all configurations")
+          ->option_text("FOLDER...");
+  CLI::Option* choices =
+      app.add_option("--medusa-choices", words.medusa_choices,
+                     "tree of Medusa drafters: the name of a published one, or a file with a JSON"
+                     " list of paths (default: mc_sim_7b_63, as much of it as --trees says)")
+          ->option_text("NAME|FILE");
   CLI::Option* ranking =
       app.add_option("--ranking", words.ranking, "of token ids, for sizes other than full")
           ->option_text("FILE");
@@ -205,7 +246,8 @@ int main(int argc, char** argv) {
           ->option_text("LENGTH...");
   CLI::Option* no_breakdown = app.add_flag("--no-breakdown", words.no_breakdown,
                                            "leave out the texts that time the stages of drafting");
-  for (CLI::Option* option : {drafter, ranking, sizes, trees, compare, plant, no_breakdown}) {
+  for (CLI::Option* option :
+       {drafter, choices, ranking, sizes, trees, compare, plant, no_breakdown}) {
     option->group("What drafts");
     if (option != drafter) option->needs(drafter);
   }

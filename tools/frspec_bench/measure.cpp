@@ -89,10 +89,7 @@ double quantile(std::vector<double> values, double q) {
 std::vector<Run> measure(const Settings& settings, const std::vector<Loaded>& engines,
                          const Prompt& prompt) {
   const Request plain = make_request(settings, Method::kPlain);
-  const Request drafted = make_request(settings, engines.front().engine->draft_method());
-  Request profiled = drafted;
-  profiled.profile_drafting = true;
-  const bool drafts = drafted.method != Method::kPlain;
+  const bool drafts = engines.front().engine->draft_method() != Method::kPlain;
   const bool profiles = drafts && settings.breakdown;
   Engine& first = *engines.front().engine;
   Samples unused;
@@ -106,14 +103,16 @@ std::vector<Run> measure(const Settings& settings, const std::vector<Loaded>& en
     const double accept_length = each.configuration.accept_length;
     if (accept_length > 0) each.engine->plant(recorded, accept_length);
   }
-  const auto write_drafts = [&](size_t i, const Request& request, Samples& samples) {
+  const auto write_drafts = [&](size_t i, bool profile, Samples& samples) {
+    Request request = make_request(settings, runs[i].method);
+    request.profile_drafting = profile;
     const bool same = write_text(*engines[i].engine, prompt.tokens, request, samples) == text;
     runs[i].same_text = runs[i].same_text && same;
   };
   for (int turn = 0; drafts && turn < settings.warm_up; ++turn) {
     for (size_t i = 0; i < runs.size(); ++i) {
-      write_drafts(i, drafted, unused);
-      if (profiles) write_drafts(i, profiled, unused);
+      write_drafts(i, false, unused);
+      if (profiles) write_drafts(i, true, unused);
     }
   }
 
@@ -124,7 +123,7 @@ std::vector<Run> measure(const Settings& settings, const std::vector<Loaded>& en
     write_text(first, prompt.tokens, plain, plain_samples);
     for (size_t i = 0; drafts && i < runs.size(); ++i) {
       Run& run = runs[i];
-      write_drafts(i, drafted, run.drafted);
+      write_drafts(i, false, run.drafted);
       const double speed = run.drafted.tokens_per_second.back();
       run.over_plain.push_back(speed / plain_samples.tokens_per_second.back());
       if (i > 0) {
@@ -135,7 +134,7 @@ std::vector<Run> measure(const Settings& settings, const std::vector<Loaded>& en
     }
     // Apart from the timed texts: on a GPU the stamps take time.
     for (size_t i = 0; profiles && i < runs.size(); ++i) {
-      write_drafts(i, profiled, runs[i].profiled);
+      write_drafts(i, true, runs[i].profiled);
     }
   }
   for (Run& run : runs) {

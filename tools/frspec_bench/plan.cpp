@@ -43,6 +43,10 @@ std::vector<Prompt> make_prompts(const Settings& settings, int64_t vocab) {
 }
 
 EngineOptions with_configuration(EngineOptions options, const Configuration& configuration) {
+  if (!configuration.drafter.empty()) {
+    options.drafter = configuration.drafter;
+    if (!read_medusa_config(configuration.drafter)) options.medusa_tree.reset();
+  }
   options.vocab_size = configuration.vocab_size;
   options.tree = configuration.tree;
   options.plant = configuration.accept_length > 0;
@@ -63,6 +67,12 @@ Plan make_plan(const Settings& settings) {
                needed, " tokens for the longest prompt and its text, found ",
                plan.engine.max_context);
 
+  const auto has_heads = [](const Configuration& each) {
+    return !each.drafter.empty() && read_medusa_config(each.drafter).has_value();
+  };
+  const std::vector<Configuration>& all = settings.configurations;
+  FRSPEC_CHECK(!plan.engine.medusa_tree || std::any_of(all.begin(), all.end(), has_heads),
+               RequestError, "--medusa-choices: expected a Medusa drafter, found none");
   size_t bytes = 0;
   size_t available = 0;
   for (const Configuration& each : settings.configurations) {

@@ -1,6 +1,7 @@
 // What was measured, as tables and as JSON.
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 
 #include "bench.h"
 
@@ -78,10 +79,16 @@ std::string size_name(const Configuration& configuration) {
   return configuration.vocab_size == 0 ? "full" : std::to_string(configuration.vocab_size);
 }
 
-std::string run_name(const Run& run) {
-  return format("%s %s %dx%dx%d", run.method == Method::kMedusa ? "Medusa" : "EAGLE-2",
-                size_name(run.configuration).c_str(), run.tree.depth, run.tree.topk,
-                run.tree.tokens);
+// With the drafter's folder where two runs of one method have another.
+std::string run_name(const std::vector<Run>& runs, const Run& run) {
+  const bool named = std::any_of(runs.begin(), runs.end(), [&](const Run& other) {
+    return other.method == run.method && other.configuration.drafter != run.configuration.drafter;
+  });
+  std::string name = run.method == Method::kMedusa ? "Medusa" : "EAGLE-2";
+  if (named)
+    name += concat(" ", std::filesystem::path(run.configuration.drafter).filename().string());
+  return concat(name, " ", size_name(run.configuration), " ", run.tree.depth, "x", run.tree.topk,
+                "x", run.tree.tokens);
 }
 
 void print_speed(const std::vector<Run>& runs) {
@@ -100,9 +107,10 @@ void print_speed(const std::vector<Run>& runs) {
                   drafts ? "" : memory(first), ""});
   for (const Run& run : runs) {
     if (!drafts) continue;
-    rows.push_back({run_name(run), speed(run.drafted), ratio(run.over_plain), ratio(run.over_first),
-                    format("%.2f", accept_length(run.drafted)), spread(run.drafted.first_token),
-                    memory(run), run.same_text ? "same" : "DIFFERENT"});
+    rows.push_back({run_name(runs, run), speed(run.drafted), ratio(run.over_plain),
+                    ratio(run.over_first), format("%.2f", accept_length(run.drafted)),
+                    spread(run.drafted.first_token), memory(run),
+                    run.same_text ? "same" : "DIFFERENT"});
   }
   print_table(rows);
 }
@@ -115,7 +123,7 @@ void print_rounds(const std::vector<Run>& runs) {
                   percent(plain_share(first))});
   for (const Run& run : runs) {
     if (run.method == Method::kPlain) continue;
-    rows.push_back({run_name(run), spread(run.drafted.round), spread(run.drafted.draft),
+    rows.push_back({run_name(runs, run), spread(run.drafted.round), spread(run.drafted.draft),
                     spread(run.drafted.verify), ratio(run.verify_over_plain),
                     percent(drafted_share(run))});
   }
@@ -127,7 +135,7 @@ void print_breakdown(const std::vector<Run>& runs) {
       {"ms of drafting", "all of it", "embedding", "layers", "head", "softmax, top-k", "tree"}};
   for (const Run& run : runs) {
     if (run.profiled.draft.empty()) continue;
-    std::vector<std::string> row = {run_name(run), number(median(run.profiled.draft))};
+    std::vector<std::string> row = {run_name(runs, run), number(median(run.profiled.draft))};
     for (size_t i = 0; i < kDraftStages; ++i) {
       row.push_back(number(median(run.profiled.stages[i])) + " " +
                     format("%4s", percent(stage_share(run.profiled, i)).c_str()));
@@ -190,6 +198,7 @@ json describe(const Run& run) {
   result["plain"]["share_of_floor"] = plain_share(run);
   if (!run.prompt_file.empty()) result["prompt_file"] = run.prompt_file;
   if (run.method == Method::kPlain) return result;
+  result["drafter"] = run.configuration.drafter;
   result["vocab_size"] = size_name(run.configuration);
   result["tree"] = {run.tree.depth, run.tree.topk, run.tree.tokens};
   json& drafted = result["drafted"] = describe_samples(run.drafted);
