@@ -192,9 +192,10 @@ void Checkpoint::check_all_used(const std::string& prefix, const std::string& de
   for (const auto& item : tensors_) {
     const std::string& name = item.first;
     // Tables of the rotary embedding, which old checkpoints store, follow from the configuration.
-    if (!name.starts_with(prefix) || name.ends_with(".inv_freq")) continue;
+    const bool is_table = name.find(".rotary_emb.") != std::string::npos;
+    if (!name.starts_with(prefix) || is_table) continue;
     FRSPEC_CHECK(resolved_.count(name) != 0, ModelError, item.second->path(), ": tensor ",
-                 quote(name), " does not belong to ", described);
+                 quote(name), " is no part of ", described);
   }
 }
 

@@ -118,8 +118,9 @@ void Llama::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType
         read_decoder_layer(reader, config, concat("model.layers.", index, "."), true));
   }
   if (checkpoint != nullptr) {
-    checkpoint->check_all_used("model.layers.",
-                               concat("the ", config.num_layers, " layers of config.json"));
+    checkpoint->check_all_used(
+        "model.layers.",
+        concat("the model that config.json describes (num_hidden_layers ", config.num_layers, ")"));
   }
   final_norm_ = reader.vector("model.norm.weight", config.hidden_size);
   head = config.tie_word_embeddings

@@ -53,11 +53,12 @@ float* WeightReader::vector(const std::string& name, int64_t size) {
 
 void WeightReader::load_rows(const LinearWeight& weight, int64_t first_row,
                              const HostTensor& source) {
-  constexpr int64_t kBlockBytes = 2 << 20;
+  constexpr int64_t kLeastBytes = 2 << 20;
   const Tensor matrix = Checkpoint::as_matrix(source);
   const int64_t row_bytes = matrix.cols * static_cast<int64_t>(dtype_size(matrix.dtype));
-  // Of whole panels, so that no two blocks write to one.
-  const int64_t block = std::max<int64_t>(kBlockBytes / row_bytes / 64, 1) * 64;
+  // Small beside the model, and enough for the threads of a CPU to share.
+  const int64_t bytes = std::max(kLeastBytes, matrix.rows * row_bytes / 16);
+  const int64_t block = std::max<int64_t>(bytes / row_bytes / 64, 1) * 64;
   for (int64_t row = 0; row < matrix.rows; row += block) {
     const int64_t rows = std::min(block, matrix.rows - row);
     backend_.load_linear(weight, first_row + row, matrix.row_slice(row, rows));

@@ -28,7 +28,7 @@ from frspec.files import write_whole
 try:
     import torch
     import transformers  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
     sys.exit(f"train_drafter: error: {error.name} is not installed: pip install 'frspec[train]'")
 
 from drafter_training import accept_length, features

@@ -164,6 +164,7 @@ class Generator:
         Raises RequestError. KeyboardInterrupt ends it between two rounds; the generator stays
         usable. Requests of other threads wait until the text is written.
         """
+        prompt = self.encode(prompt)  # what is wrong with it is said at once
         with self._requests:
             stream = self.stream(
                 prompt, max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, method,
@@ -378,8 +379,8 @@ def plan_engine(
 ) -> tuple[Engine, Path]:
     """The engine with its memory planned and nothing loaded, and the model's folder."""
     folder = hub.resolve(model)
-    for name, value in (("device", device), ("dtype", dtype)):
-        if not isinstance(value, str) and (name, value) != ("dtype", None):
+    for name, value in (("device", device), ("dtype", "bf16" if dtype is None else dtype)):
+        if not isinstance(value, str):
             raise RequestError(f"{name}: expected a name, found {_short(value)}")
     if tree is not None and not isinstance(tree, Tree):
         raise RequestError(f"tree: expected a frspec.Tree, found {_short(tree)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -40,13 +41,13 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
 
     Raises ModelError for a path that is no folder and HubError for an id that cannot be fetched.
     """
-    if not isinstance(model, (str, Path)) or not str(model) or "\0" in str(model):
+    if not isinstance(model, (str, os.PathLike)) or not str(model) or "\0" in str(model):
         raise ModelError(f"expected the path of a folder or a hub id, found {model!r:.60}")
     path = Path(model).expanduser()
     try:
         is_folder = path.is_dir()
-    except OSError as error:  # a name that no file can have
-        raise ModelError(f"{str(model)[:60]}...: no such folder: {error.strerror}") from None
+    except OSError as error:
+        raise ModelError(f"{str(model)[:60]}: {error.strerror}") from None
     if is_folder:
         return path
     if path.exists():

@@ -95,7 +95,7 @@ void CpuBackend::load_linear(const LinearWeight& weight, int64_t first_row,
   const int64_t panels = (end_row + matrix.panel - 1) / matrix.panel - first_panel;
   const bool converts = host_source.dtype != weight.dtype;
   const int64_t source_bytes = static_cast<int64_t>(dtype_size(host_source.dtype));
-  pool_.parallel_for(panels, 4, [&](int64_t begin, int64_t end, int) {
+  pool_.parallel_for(panels, 1, [&](int64_t begin, int64_t end, int) {
     uint32_t converted[kPackBlock];
     for (int64_t p = first_panel + begin; p < first_panel + end; ++p) {
       const int64_t row_begin = std::max(first_row, p * matrix.panel);

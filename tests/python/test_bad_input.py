@@ -216,7 +216,7 @@ def test_missing_tensor(refused, broken) -> None:
 def test_layers_that_the_config_does_not_have(refused, broken) -> None:
     config = json.loads((broken / "config.json").read_text()) | {"num_hidden_layers": 1}
     (broken / "config.json").write_text(json.dumps(config))
-    expect = ('"model.layers.1.', "does not belong to the 1 layers of config.json")
+    expect = ('"model.layers.1.', "is no part of the model that config.json describes")
     refused("generate", "--model", broken, *PROMPT, expect=expect)
 
 

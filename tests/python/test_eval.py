@@ -210,6 +210,9 @@ def test_a_finished_run_does_nothing_more(finished, files) -> None:
 
 def test_rounding_of_another_instruction_set_is_another_configuration(finished, files) -> None:
     out, _ = finished
+    header = read_json_lines(out / "results.jsonl")[0]
+    if header["device"] != "cpu" or "portable" in header["device_name"]:
+        pytest.skip("this machine's default is another device, or no other instruction set")
     done = run_frspec(*files.arguments(out, "mt", "conv"), env={"FRSPEC_CPU_ISA": "portable"})
     assert "device_name was" in error_line(done) and "portable" in error_line(done)
 

@@ -120,7 +120,7 @@ def test_workers_that_die_again_and_again_end_the_run(folder, inputs, tmp_path, 
     def killing(pool, chunk):
         future = count_of(pool, chunk)
         for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
         return future
 
     options = ["--input", *inputs, "--processes", 2, "--checkpoint", tmp_path / "checkpoint"]
@@ -336,4 +336,8 @@ def test_rankings_that_do_not_belong_together_are_refused(folder, tmp_path):
     merged = tmp_path / "both.safetensors"
     merge_rankings([good, more]).save(merged)
     refused(f"its counts are in {merged} too", merged, more)
+    whole = tmp_path / "whole.safetensors"
+    lines = write_lines(tmp_path / "e.jsonl", RECORDS["text"] * 3)
+    rank(folder, "--input", lines).save(whole)
+    refused(f"its counts are in {merged} too", merged, whole)
     refused("no such ranking file", good, tmp_path / "none")

@@ -78,7 +78,7 @@ def main() -> int:
 
 def compare(args: argparse.Namespace) -> int:
     if args.json:  # before an hour of work
-        args.json.open("a").close()
+        write_whole(args.json, args.json.read_bytes() if args.json.exists() else b"")
     tokenizer = Tokenizer.load(args.model)
     prompts = read_prompts(args, tokenizer)
     with tempfile.TemporaryDirectory() as scratch:

@@ -6,6 +6,7 @@ of the tokens behind it. All get the same token ids and the same number of threa
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import time
@@ -117,7 +118,8 @@ class Process:
         self._receive()  # loaded
 
     def write(self, prompt: list[int], new_tokens: int) -> Written:
-        self._pipe.send((prompt, new_tokens))
+        with contextlib.suppress(OSError):  # it died: _receive says so
+            self._pipe.send((prompt, new_tokens))
         return self._receive()
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class Process:
     def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self._process.join(10)
             raise RuntimeError(
                 f"the process of {self._name} died (exit code {self._process.exitcode})"

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
-    for option in ("drafter", "ranking", "vocab_size"):
+    for option in ("drafter", "ranking", "vocab_size", "medusa_choices"):
         if args.model is None and getattr(args, option) is not None:
             raise RequestError(f"--{option.replace('_', '-')} needs a --model")
     facts: dict[str, Any] = {"build": _describe_build()}

@@ -111,7 +111,10 @@ def _serve(connection, setup: Setup) -> None:
         except FrspecError as error:
             reply = (None, error)
         except MemoryError:
-            reply = (None, EvaluationError("a worker is out of memory; use fewer --workers"))
+            reply = (
+                None,
+                EvaluationError("a worker is out of memory; use fewer --workers and another --out"),
+            )
         try:
             connection.send(reply)
         except OSError:

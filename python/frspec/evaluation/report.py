@@ -178,7 +178,7 @@ def _describe_machine(header: Mapping[str, Any]) -> list[str]:
         words.append(f"{header.get('threads') or 'all'} threads")
     words.append(f"weights in {header.get('dtype') or 'the type of the file'}")
     workers = header.get("workers", "1")
-    return words if workers == "1" else [*words, f"{workers} workers"]
+    return words if workers == "1" else [*words, f"workers: {workers}"]
 
 
 def _describe_length(request: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ def _parts(path: str, metadata: dict[str, str]) -> list[str]:
     text = metadata.get("parts", "[]")
     try:
         parts = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         parts = None
     if not isinstance(parts, list) or any(type(part) is not str for part in parts):
         raise RankingError(f"{path}: parts: expected a JSON list of texts, found {text[:40]!r}")
@@ -251,7 +251,7 @@ def _id_list(path: str, metadata: dict[str, str], name: str) -> list[int]:
     text = _text(path, metadata, name)
     try:
         ids = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         ids = None
     if not isinstance(ids, list) or any(type(token_id) is not int for token_id in ids):
         raise RankingError(f"{path}: {name}: expected a JSON list of ids, found {text[:40]!r}")

@@ -31,7 +31,7 @@ def merge_rankings(paths: Sequence[Path], corpus: str | None = None) -> Ranking:
                 raise RankingError(
                     f"{ranking.path}: {name}: expected {expected} as in {first.path}, found {found}"
                 )
-        for part in ranking.parts or [ranking.fingerprint()]:
+        for part in {*ranking.parts, ranking.fingerprint()}:
             if part in parts:
                 raise RankingError(
                     f"{ranking.path}: would be counted twice, its counts are in {parts[part]} too"

@@ -105,7 +105,7 @@ class _Pool:
     def _replace_workers(self) -> None:
         """One dead worker ends all of an executor's."""
         self._deaths += 1
-        self.executor.shutdown(wait=True)
+        self.executor.shutdown(wait=False)
         why = "a worker process died (killed, perhaps because memory ran out)"
         if self._deaths >= _MAX_DEATHS:
             raise RankingError(
