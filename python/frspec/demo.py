@@ -266,6 +266,8 @@ def _print_rows(rows: Sequence[Row], prompts: Sequence[str], args: argparse.Name
     drawn = f"temperature {args.temperature:g}"
     if args.temperature > 0:
         drawn += f", seed {args.seed}"
-    title = f"SmolLM2-135M-Instruct, {len(prompts)} prompts, {rows[0].tokens} tokens, {drawn}"
+    count = f"{len(prompts)} prompt{'' if len(prompts) == 1 else 's'}"
+    model = "SmolLM2-135M-Instruct" if args.model is None else args.model
+    title = f"{model}, {count}, {rows[0].tokens} tokens, {drawn}"
     columns = ["", "drafter scores", "tokens/s", "speed-up", "accept length", "drafting"]
     write_table(title, [*columns, "same text"], cells)

@@ -88,7 +88,7 @@ def test_readable_part_of_a_damaged_archive_is_counted(
         path.write_bytes(content)
         ranking = rank(folder, "--input", path, whole)
         report = capsys.readouterr().err
-        told = f"the readable part of 1 damaged archives was counted; the first at {path}: {reason}"
+        told = f"of 1 damaged archive the readable part was counted; the first at {path}: {reason}"
         assert told in report
         seen = ranking.tokens_counted - len(" ".join(TEXTS).split())
         assert len(half.decode().replace("\n", " ").split()) * 0.5 < seen
@@ -105,7 +105,7 @@ def test_half_a_line_of_an_archive_is_no_broken_record(folder, tmp_path, capsys,
     path = tmp_path / f"c.jsonl{compression}"
     path.write_bytes(COMPRESS[compression](half) + COMPRESS[compression](b"x" * 99)[:-3])
     check_counts(rank(folder, "--input", path), TEXTS[:2])
-    assert "broken records" not in capsys.readouterr().err
+    assert "broken record" not in capsys.readouterr().err
 
 
 def test_what_is_no_archive(folder, tmp_path, capsys):

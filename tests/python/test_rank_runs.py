@@ -65,9 +65,7 @@ def write_damaged(path: Path, data: bytes) -> Path:
     return path
 
 
-REPORT = (
-    "skipped 1 broken records; the readable part of 1 damaged archives was counted; the first at"
-)
+REPORT = "skipped 1 broken record; of 1 damaged archive the readable part was counted; the first at"
 
 
 def same_rankings(first: Ranking, second: Ranking) -> None:

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -267,7 +268,8 @@ def _print_summary(console: Console, ranking: Ranking, path: Path) -> None:
     if ranking.tokens_counted == 0:
         console.print("imported: the order is kept, there are no counts to compute coverage from")
         return
-    table = Table()
+    # Away from a terminal nothing draws lines.
+    table = Table(box=HEAVY_HEAD if console.is_terminal else None)
     table.add_column("vocab size", justify="right")
     table.add_column("share of vocabulary", justify="right")
     table.add_column("coverage", justify="right")

@@ -48,10 +48,15 @@ class Broken:
     def __str__(self) -> str:
         parts = []
         if self.records:
-            parts.append(f"skipped {self.records} broken records")
+            parts.append(f"skipped {_counted(self.records, 'broken record')}")
         if self.archives:
-            parts.append(f"the readable part of {self.archives} damaged archives was counted")
+            archives = _counted(self.archives, "damaged archive")
+            parts.append(f"of {archives} the readable part was counted")
         return f"{'; '.join(parts)}; the first at {self.first}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def read_record(value: Any, field: str | None) -> Record:
