@@ -192,7 +192,8 @@ def test_endless_line_is_skipped_in_bounded_memory(
         path.write_bytes(path.read_bytes()[:-1])
     check_counts(rank(folder, "--input", path), TEXTS[: 1 + after])
     report = capsys.readouterr().err
-    assert f"skipped {1 + after} broken record{"s" if after else ""}; the first at {path}:2: line longer" in report
+    records = "2 broken records" if after else "1 broken record"
+    assert f"skipped {records}; the first at {path}:2: line longer" in report
     with pytest.raises(RankingError, match=f"{path}:2: line longer than 64 bytes"):
         rank(folder, "--input", path, "--strict")
     if chunk_bytes < 100:
