@@ -353,6 +353,11 @@ void Engine::prefill_chunk() {
     backend_->linear(logits, features_.row_slice(n - 1, 1), target_.head, Rows::kTarget);
     backend_->choose_tokens(root_, logits, sampling_, pass_positions_ + n - 1);
     backend_->download(&chosen, root_, sizeof(chosen));
+    float logit = 0;  // NaN only where all of them are
+    backend_->download(&logit, logits.row<float>(0) + chosen, sizeof(logit));
+    FRSPEC_CHECK(!std::isnan(logit), ModelError, options_.model,
+                 ": the model's logits are no numbers: damaged weights, or values beyond the range"
+                 " of the dtype");
     last_rows_ = 1;
   }
   if (drafter_->observes()) {

@@ -227,6 +227,12 @@ def test_norm_that_is_no_number(refused, broken, value) -> None:
     refused("generate", "--model", broken, *PROMPT, expect=expect)
 
 
+def test_weights_that_are_no_numbers(refused, broken) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    rewrite_tensors(broken, lambda tensors: tensors[name].fill(np.nan))
+    refused("generate", "--model", broken, *PROMPT, expect=("logits are no numbers",))
+
+
 def test_tensor_of_another_shape(refused, broken) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
 
