@@ -64,7 +64,8 @@ def plan_methods(setup: Setup, methods: Iterable[Configuration], workers: str = 
     available = device["available_bytes"]
     if setup.machine["memory_limit"] is not None:
         available = min(available, setup.machine["memory_limit"])
-    name = device["description"].rpartition(",")[0] if kind == "cpu" else device["description"]
+    words = device["description"].split(", ")
+    name = ", ".join(words[:2] if kind == "cpu" else words[:1])
     fits = total <= available
     return Plan(engine.device, name, engine.max_context, engine.vocab_size, trees, fits)
 

@@ -155,8 +155,8 @@ class Ranking:
             self._fail(f"vocab_size: expected a size above 0, found {self.vocab_size}")
         if fingerprint is not None and fingerprint != self.tokenizer_fingerprint:
             self._fail(
-                f"made for another tokenizer: expected fingerprint {fingerprint[:16]}...,"
-                f" found {self.tokenizer_fingerprint[:16]}..."
+                f"made for another tokenizer: expected fingerprint {fingerprint},"
+                f" found {self.tokenizer_fingerprint}"
             )
         limit = self.vocab_size if vocab_size is None else min(vocab_size, self.vocab_size)
         for name, values in (("token_ids", ids), ("special_ids", np.array(self.special_ids))):
@@ -237,22 +237,18 @@ def _count(path: str, metadata: dict[str, str], name: str) -> int:
 
 
 def _parts(path: str, metadata: dict[str, str]) -> list[str]:
-    text = metadata.get("parts", "[]")
-    try:
-        parts = json.loads(text)
-    except (ValueError, RecursionError):
-        parts = None
-    if not isinstance(parts, list) or any(type(part) is not str for part in parts):
-        raise RankingError(f"{path}: parts: expected a JSON list of texts, found {text[:40]!r}")
-    return parts
+    return _json_list(path, "parts", metadata.get("parts", "[]"), str, "texts")
 
 
 def _id_list(path: str, metadata: dict[str, str], name: str) -> list[int]:
-    text = _text(path, metadata, name)
+    return _json_list(path, name, _text(path, metadata, name), int, "ids")
+
+
+def _json_list(path: str, name: str, text: str, kind: type, what: str) -> list:
     try:
-        ids = json.loads(text)
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        ids = None
-    if not isinstance(ids, list) or any(type(token_id) is not int for token_id in ids):
-        raise RankingError(f"{path}: {name}: expected a JSON list of ids, found {text[:40]!r}")
-    return ids
+        values = None
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise RankingError(f"{path}: {name}: expected a JSON list of {what}, found {text[:40]!r}")
+    return values

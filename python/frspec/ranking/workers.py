@@ -66,7 +66,7 @@ class _Pool:
         self._folder, self._text_field, self._processes = folder, text_field, processes
         self._report = report
         self._deaths = 0
-        self._begin()
+        self._start()
 
     def send(self, chunk: Chunk) -> None:
         self.waiting.append((chunk, self._submit(chunk)))
@@ -85,7 +85,7 @@ class _Pool:
                 return chunk, found
             self._replace_workers()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self.executor = ProcessPoolExecutor(
             self._processes,
             # A fork would share the locks of the library's threads.
@@ -113,7 +113,7 @@ class _Pool:
                 " was written"
             )
         self._report(f"{why}; {self._processes} new ones count what it had")
-        self._begin()
+        self._start()
         self.waiting = deque(
             (chunk, future if _is_done(future) else self._submit(chunk))
             for chunk, future in self.waiting
