@@ -4,9 +4,8 @@
 // its caches what it wrote in an earlier region. It takes its share in chunks that shrink, and then
 // helps the others with theirs, so that on a shared machine one slow thread does not hold up the
 // rest. A worker that has not woken when the others finish is not waited for. A region allocates
-// nothing; while the workers are awake one for two threads costs a tenth of a microsecond on cores
-// that share a cache and half a microsecond on cores that do not. Idle workers spin for some tens
-// of microseconds and then sleep.
+// nothing, and costs less than a microsecond for two threads while the workers are awake; idle
+// workers spin for some tens of microseconds and then sleep.
 #pragma once
 
 #include <atomic>

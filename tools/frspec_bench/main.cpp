@@ -12,9 +12,8 @@ namespace {
 
 constexpr const char* kDescription =
     "Measures plain and speculative decoding, part by part. Configurations (drafters, sizes of"
-    " their heads, shapes of their trees) are loaded together where memory holds them and take "
-    "turns with"
-    " plain decoding; ratios are of texts in the same turn.";
+    " their heads, shapes of their trees) are loaded together where memory holds them and take"
+    " turns with plain decoding; ratios are of texts in the same turn.";
 constexpr const char* kExamples = R"(Examples:
   frspec-bench --model M --drafter D --ranking R.safetensors --vocab-sizes full 16384 \
       --trees 1x3x4 6x10x60 --prompt-tokens 128 2048          every size with every tree
@@ -117,8 +116,8 @@ void check_writable(const std::string& path) {
   FRSPEC_CHECK(good, RequestError, path, ": cannot be written");
 }
 
-// Written after each prompt: what was measured stays if a later one fails or takes too long.
-// Written beside the file and renamed, so that a full disk does not cost the last report.
+// Written after each prompt, beside the file and renamed: what was measured stays if a later one
+// fails or takes too long, or the disk is full.
 void write_report(const json& report, const std::string& path) {
   const bool is_file = !std::filesystem::exists(path) || std::filesystem::is_regular_file(path);
   const std::string place = is_file ? path + ".new" : path;

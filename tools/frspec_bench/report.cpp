@@ -85,8 +85,9 @@ std::string run_name(const std::vector<Run>& runs, const Run& run) {
     return other.method == run.method && other.configuration.drafter != run.configuration.drafter;
   });
   std::string name = run.method == Method::kMedusa ? "Medusa" : "EAGLE-2";
-  if (named)
+  if (named) {
     name += concat(" ", std::filesystem::path(run.configuration.drafter).filename().string());
+  }
   return concat(name, " ", size_name(run.configuration), " ", run.tree.depth, "x", run.tree.topk,
                 "x", run.tree.tokens);
 }
