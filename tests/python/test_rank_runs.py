@@ -98,7 +98,7 @@ def test_error_in_a_worker_is_the_first_of_the_corpus(folder, tmp_path, monkeypa
     assert not (tmp_path / "ranking.safetensors").exists()
 
 
-def test_what_a_dead_worker_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
+def kill_a_worker_after_thirty_chunks(monkeypatch) -> None:
     read_chunks = command.read_chunks
 
     def killing(*args):
@@ -108,22 +108,26 @@ def test_what_a_dead_worker_had_is_counted_by_others(folder, inputs, monkeypatch
             yield each
 
     monkeypatch.setattr(command, "read_chunks", killing)
+
+
+def test_what_a_dead_worker_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
+    kill_a_worker_after_thirty_chunks(monkeypatch)
     check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
     assert capsys.readouterr().err.count("2 new ones count what it had") == 1
 
 
 def test_workers_that_die_again_and_again_end_the_run(folder, inputs, tmp_path, monkeypatch):
-    count_of = workers._Pool._submit
+    replace_workers = workers._Pool._replace_workers
 
-    def killing(pool, chunk):
-        future = count_of(pool, chunk)
+    def killing(pool):
+        replace_workers(pool)
         for process in multiprocessing.active_children():
             process.kill()
-        return future
 
     options = ["--input", *inputs, "--processes", 2, "--checkpoint", tmp_path / "checkpoint"]
     with monkeypatch.context() as patch:
-        patch.setattr(workers._Pool, "_submit", killing)
+        kill_a_worker_after_thirty_chunks(patch)
+        patch.setattr(workers._Pool, "_replace_workers", killing)
         with pytest.raises(RankingError, match="3 times at the same place"):
             rank(folder, *options)
     assert not (tmp_path / "ranking.safetensors").exists()

@@ -95,18 +95,20 @@ class _Pool:
         )
 
     def _submit(self, chunk: Chunk) -> Future[ChunkCount] | None:
-        """None when a worker has died."""
+        """None when a worker has died or cannot be started."""
         try:
             with _without_interrupts():
                 return self.executor.submit(_count, chunk, self._text_field)
-        except BrokenProcessPool:
+        except Exception:
+            # BrokenProcessPool, but for a worker that dies while another is being started: then the
+            # library closes under its own hands what that one needs (OSError, ValueError).
             return None
 
     def _replace_workers(self) -> None:
         """One dead worker ends all of an executor's."""
         self._deaths += 1
         self.executor.shutdown(wait=False)
-        why = "a worker process died (killed, perhaps because memory ran out)"
+        why = "a worker process died or did not start (perhaps because memory ran out)"
         if self._deaths >= _MAX_DEATHS:
             raise RankingError(
                 f"{why}, {self._deaths} times at the same place; use fewer --processes. No ranking"
