@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -296,6 +298,24 @@ def test_a_conversion_ended_by_sigterm_leaves_nothing(model, tmp_path, monkeypat
     assert ended.value.code == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kill = (
+        "import os, sys; from frspec.convert import convert\n"
+        "convert(*sys.argv[1:], dtype='bf16', progress=lambda *_: os.kill(os.getpid(), 9))"
+    )
+    ended = subprocess.run([sys.executable, "-c", kill, str(model), str(out)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    left = [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+    assert len(left) == 1 and not out.exists()
+
+    def another(*_) -> None:  # a conversion that runs is let alone
+        convert(model, out, dtype="fp16", force=True)
+
+    convert(model, out, dtype="bf16", progress=another, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_existing_output(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -49,14 +51,16 @@ def check_destination(out: Path, sources: Sequence[Path], force: bool) -> None:
 def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends without an error.
 
-    Any exception, KeyboardInterrupt included, removes it and leaves `out` as it was. `nbytes` is
-    what will be written: too little free space is refused at once.
+    Any exception, KeyboardInterrupt included, removes it and leaves `out` as it was; what a killed
+    run left is removed by the next one to the same place. `nbytes` is what will be written: too
+    little free space is refused at once.
     """
     parent = out.absolute().parent
     while not parent.exists():  # missing parents are made at the end, with the result
         parent = parent.parent
     if not parent.is_dir():
         raise ConversionError(f"{out}: expected a path inside a folder, found the file {parent}")
+    _remove_abandoned(parent, out.name)
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise ConversionError(f"{out}: {nbytes} bytes needed, found {free} bytes free in {parent}")
@@ -65,6 +69,7 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
     except OSError as error:
         raise ConversionError(f"{out}: cannot write into {parent}: {error.strerror}") from error
     replaced = None
+    lock = _lock(stage)
     try:
         stage.chmod(0o777 & ~umask())  # mkdtemp's folder is private; a model folder is not
         yield stage
@@ -82,6 +87,32 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         for leftover in (stage, replaced):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that locks the folder until it is closed or its process is dead; None when
+    another process has the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Removes stages whose process was killed: nobody locks them."""
+    for stage in parent.glob(f".{glob.escape(name)}.*.partial"):
+        try:
+            lock = _lock(stage)
+        except OSError:  # another user's
+            continue
+        if lock is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+            os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:
