@@ -71,6 +71,7 @@ CublasApi open_library() {
   find(library, "cublasDestroy_v2", api.destroy);
   find(library, "cublasSetStream_v2", api.set_stream);
   find(library, "cublasSetWorkspace_v2", api.set_workspace);
+  find(library, "cublasSetMathMode", api.set_math_mode);
   find(library, "cublasGemmEx", api.gemm_ex);
   return api;
 }

@@ -16,6 +16,7 @@ struct CublasApi {
   int (*destroy)(void* handle);
   int (*set_stream)(void* handle, cudaStream_t stream);
   int (*set_workspace)(void* handle, void* workspace, size_t bytes);
+  int (*set_math_mode)(void* handle, int mode);
   // Column-major c [m, n] = alpha op(a) . op(b) + beta c.
   int (*gemm_ex)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
                  const void* a, cudaDataType_t a_type, int lda, const void* b,
@@ -26,6 +27,7 @@ struct CublasApi {
 constexpr int kCublasNoTranspose = 0;
 constexpr int kCublasTranspose = 1;
 constexpr int kCublasCompute32F = 68;
+constexpr int kCublasSumsOnlyInFp32 = 16;  // CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
 constexpr int kCublasDefaultAlgorithm = -1;
 
 // DeviceError, naming what was looked for, when the library is not there.

@@ -24,6 +24,8 @@ CublasHandle::CublasHandle(cudaStream_t stream, void* workspace) {
     check_cublas(api.set_stream(handle_, stream), "setting cuBLAS's stream");
     check_cublas(api.set_workspace(handle_, workspace, kCublasWorkspaceBytes),
                  "setting cuBLAS's workspace");
+    // By default the parts of a split k may be added in the type of the result.
+    check_cublas(api.set_math_mode(handle_, kCublasSumsOnlyInFp32), "setting cuBLAS's math mode");
   } catch (...) {
     api.destroy(handle_);
     throw;

@@ -26,7 +26,9 @@ DeviceMemory& DeviceMemory::operator=(DeviceMemory&& other) noexcept {
   return *this;
 }
 
-DeviceMemory::~DeviceMemory() { cudaFree(data_); }
+DeviceMemory::~DeviceMemory() {
+  if (data_ != nullptr) cudaFree(data_);  // freeing nothing would make a context
+}
 
 PinnedMemory::PinnedMemory(size_t bytes) {
   check(cudaMallocHost(&data_, bytes), "allocating pinned host memory");

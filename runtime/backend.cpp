@@ -30,6 +30,8 @@ std::unique_ptr<Backend> make_backend(const std::string& device, int threads) {
       return make_cuda_backend(0);
     } catch (const DeviceError&) {
       return cpu::make_cpu_backend(threads);
+    } catch (const MemoryPlanError&) {  // a GPU without room for so much as a context
+      return cpu::make_cpu_backend(threads);
     }
   }
   if (device == "cpu") return cpu::make_cpu_backend(threads);

@@ -165,6 +165,9 @@ class Backend {
   static constexpr int kMarks = 8 + 5 * kMaxTreeDepth;  // of a round, and of each level's stages
 
   // ==== Weights
+  //
+  // What is done here is complete at end_load(), and not before: a product may read its weights
+  // ahead of what was put on the device last.
 
   virtual size_t linear_bytes(DType dtype, int64_t out_features, int64_t in_features) const = 0;
   // Places the rows of `host_source` [rows, in_features] (fp32, fp16 or bf16; row-major, host

@@ -25,6 +25,8 @@ PIECES = ("build", "tests", "exactness", "bench", "shapes", "sanitizer", "resour
           "transformers")  # fmt: skip
 SKIPPED = 77
 TIMED_OUT = (124, 137)
+# Of those that nvidia-smi may not know, one spoils the query of all.
+GPU_FIELDS_AT_LEAST = ("name", "driver_version", "compute_cap")
 GPU_FIELDS = ("name", "driver_version", "compute_cap", "memory.total", "power.limit",
               "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "temperature.gpu",
               "mig.mode.current")  # fmt: skip
@@ -39,11 +41,7 @@ def output_of(*command: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    fields = output_of("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader")
-    gpu = None
-    if fields:
-        first = fields.splitlines()[0].split(", ")
-        gpu = dict(zip(GPU_FIELDS, first, strict=False))
+    gpu = gpu_properties(GPU_FIELDS) or gpu_properties(GPU_FIELDS_AT_LEAST)
     nvcc = re.search(r"release ([\d.]+)", output_of("nvcc", "--version") or "")
     cpu = re.search(r"model name\s*: (.*)", output_of("cat", "/proc/cpuinfo") or "")
     return {
@@ -56,6 +54,12 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.platform(),
     }
+
+
+def gpu_properties(fields: tuple[str, ...]) -> dict[str, str] | None:
+    """Of the first GPU; None when nvidia-smi does not tell."""
+    found = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return dict(zip(fields, found.splitlines()[0].split(", "), strict=False)) if found else None
 
 
 def record(out: Path, piece: str, code: int, seconds: int) -> str:
@@ -76,10 +80,12 @@ def record(out: Path, piece: str, code: int, seconds: int) -> str:
 
 
 def tests_summary(log: str) -> dict[str, int] | None:
-    """What doctest counted."""
-    found = re.search(r"test cases:\s*(\d+) \|\s*(\d+) passed \|\s*(\d+) failed", log)
-    return dict(zip(("run", "passed", "failed"), map(int, found.groups()), strict=True)) if found \
-        else None  # fmt: skip
+    """What doctest counted, in all processes."""
+    found = re.findall(r"test cases:\s*(\d+) \|\s*(\d+) passed \|\s*(\d+) failed", log)
+    if not found:
+        return None
+    sums = (sum(map(int, column)) for column in zip(*found, strict=True))
+    return dict(zip(("run", "passed", "failed"), sums, strict=True))
 
 
 def sanitizer_summary(log: str) -> str | None:
@@ -110,6 +116,8 @@ def collect(out: Path) -> dict[str, Any]:
         outcome = read_json(path) if path.exists() else {"status": "not run"}
         results: dict[str, Any] = {}
         for path in sorted((out / "pieces").glob(f"{piece}.*.*")):
+            if path.suffix == ".new":  # being written when its piece was ended
+                continue
             name = path.stem.removeprefix(f"{piece}.")
             results[name] = read_json(path) if path.suffix == ".json" else path.read_text()
         if piece == "tests":
@@ -135,7 +143,6 @@ def main(arguments: list[str]) -> int:
         report = collect(out)
         write_json(out / "report.json", report)
         (out / "report.md").write_text(markdown(report), encoding="utf-8")
-        print(f"{out / 'report.md'} is written")
     return 0
 
 

@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 SHAPES = {"llama-3-8b": "Llama-3-8B", "llama-3.2-1b": "Llama-3.2-1B"}
+NAMES = SHAPES | {
+    f"{shape}.no_overlap": f"{name} with FRSPEC_PDL=0" for shape, name in SHAPES.items()
+}
 LAYERS = {"llama-3-8b": 32, "llama-3.2-1b": 16}
 STAGES = {"embedding": "embedding", "layers": "layers", "head": "head", "topk": "softmax, top-k",
           "tree": "tree"}  # fmt: skip
+# What results raise whose piece did not get that far.
+INCOMPLETE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 STEP_OPS = ("qkv", "o", "gate and up", "down")  # once a layer; the head once
 
 
@@ -21,7 +26,7 @@ def targets(pieces: dict[str, Any]) -> list[dict[str, Any]]:
     def add(name: str, sign: str, wanted: float, measure: Callable[[], float], unit: str) -> None:
         try:
             value = measure()
-        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        except INCOMPLETE:
             value = None  # the piece did not get that far
         met = None if value is None else value >= wanted if sign == ">=" else value <= wanted
         rows.append({"target": name, "sign": sign, "wanted": wanted, "measured": value,
@@ -70,7 +75,15 @@ def targets(pieces: dict[str, Any]) -> list[dict[str, Any]]:
                 lambda s=shape, n=n: step_us(shapes[s], s, n, "us")
                 / step_us(shapes[s], s, n, "free_us") - 1, "%",
             )  # fmt: skip
+    for shape in SHAPES:
+        add(f"{SHAPES[shape]}: memory beside the plan", "<=", 0.02,
+            lambda s=shape: beside_the_plan(shapes[f"{s}.memory"]["memory"]), "%")  # fmt: skip
     return rows
+
+
+def beside_the_plan(memory: dict[str, Any]) -> float:
+    """How far what loading took is from the plan, as a share of it."""
+    return abs(memory["taken_by_load_bytes"] / memory["planned_bytes"] - 1)
 
 
 def step_us(shape: dict[str, Any], name: str, rows: int, field: str) -> float:
@@ -117,11 +130,16 @@ def markdown(report: dict[str, Any]) -> str:
     for part, piece in zip(
         parts, ("exactness", "bench", "shapes", "transformers", "resources"), strict=True
     ):
-        try:
-            lines += part(pieces)
-        except (KeyError, IndexError, TypeError) as error:
-            lines += [f"The results of `{piece}` are incomplete ({error!r}).", ""]
+        lines += complete(piece, part, pieces)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def complete(name: str, part: Callable[..., list[str]], *results: Any) -> list[str]:
+    """The lines of a part, or what is wrong with the results that it was to be made of."""
+    try:
+        return part(*results)
+    except INCOMPLETE as error:
+        return [f"The results of `{name}` are incomplete ({error!r}).", ""]
 
 
 def machine_part(machine: dict[str, Any]) -> list[str]:
@@ -147,7 +165,9 @@ def pieces_part(pieces: dict[str, Any]) -> list[str]:
     def note(name: str, piece: dict[str, Any]) -> str:
         results = piece["results"]
         if name == "tests" and results:
-            return "{passed} of {run} tests passed".format_map(results["cuda_tests"])
+            counted = "{passed} of {run} tests passed".format_map(results["cuda_tests"])
+            last = piece.get("last_line", "")
+            return f"{counted}; {last}" if "FRSPEC_PDL" in last else counted
         if name == "sanitizer" and results:
             return "; ".join(f"{tool}: {summary}" for tool, summary in results.items())
         return piece.get("last_line", "").replace("|", "/")
@@ -184,36 +204,41 @@ def exactness_part(pieces: dict[str, Any]) -> list[str]:
 def bench_part(pieces: dict[str, Any]) -> list[str]:
     lines = []
     for shape, result in pieces["bench"]["results"].items():
-        runs = result["runs"]
-        plain = runs[0]["plain"]
-        rows: list[tuple[Any, ...]] = [
-            ("plain", f"{plain['tokens_per_s']['median']:.1f}", "1.00x", "1.00",
-             f"{plain['first_token_ms']['median']:.1f}", f"{plain['round_ms']['median']:.3f}", "",
-             f"{plain['verify_ms']['median']:.3f}", amount(plain["share_of_floor"], "%"), "")
-        ]  # fmt: skip
-        for run in runs:
-            drafted = run["drafted"]
-            speed = drafted["over_plain"]
-            rows.append(
-                (f"draft head: {run['vocab_size']}", f"{drafted['tokens_per_s']['median']:.1f}",
-                 f"{speed['median']:.2f}x ({speed['p10']:.2f} to {speed['p90']:.2f})",
-                 f"{drafted['accept_length']:.2f}", f"{drafted['first_token_ms']['median']:.1f}",
-                 f"{drafted['round_ms']['median']:.3f}", f"{drafted['draft_ms']['median']:.3f}",
-                 f"{drafted['verify_ms']['median']:.3f}", amount(drafted["share_of_floor"], "%"),
-                 "the same text" if drafted["same_text"] else "**another text**")
-            )  # fmt: skip
-        bandwidth = runs[0]["bandwidth_bytes_per_s"]
-        lines += [
-            f"## {SHAPES.get(shape, shape)}, prompt of {runs[0]['prompt_tokens']} tokens", "",
-            f"Copies at {bandwidth * 1e-9:.0f} GB/s (bytes read and written); a plain step reads"
-            f" {runs[0]['step_bytes'] * 1e-9:.2f} GB, floor {runs[0]['floor_ms']:.3f} ms.", "",
-            *table(("", "tokens/s", "over plain", "accept length", "first token ms", "round ms",
-                    "draft ms", "verify ms", "of the floor", ""), rows),
-            *breakdown_table(runs),
-        ]  # fmt: skip
-        if not result["together"]:
-            lines += ["Memory did not hold both drafters at once: plain decoding ran beside each"
-                      " of them, and stands here beside the first.", ""]  # fmt: skip
+        lines += complete(f"bench.{shape}", bench_of_shape, shape, result)
+    return lines
+
+
+def bench_of_shape(shape: str, result: dict[str, Any]) -> list[str]:
+    runs = result["runs"]
+    plain = runs[0]["plain"]
+    rows: list[tuple[Any, ...]] = [
+        ("plain", f"{plain['tokens_per_s']['median']:.1f}", "1.00x", "1.00",
+         f"{plain['first_token_ms']['median']:.1f}", f"{plain['round_ms']['median']:.3f}", "",
+         f"{plain['verify_ms']['median']:.3f}", amount(plain["share_of_floor"], "%"), "")
+    ]  # fmt: skip
+    for run in runs:
+        drafted = run["drafted"]
+        speed = drafted["over_plain"]
+        rows.append(
+            (f"draft head: {run['vocab_size']}", f"{drafted['tokens_per_s']['median']:.1f}",
+             f"{speed['median']:.2f}x ({speed['p10']:.2f} to {speed['p90']:.2f})",
+             f"{drafted['accept_length']:.2f}", f"{drafted['first_token_ms']['median']:.1f}",
+             f"{drafted['round_ms']['median']:.3f}", f"{drafted['draft_ms']['median']:.3f}",
+             f"{drafted['verify_ms']['median']:.3f}", amount(drafted["share_of_floor"], "%"),
+             "the same text" if drafted["same_text"] else "**another text**")
+        )  # fmt: skip
+    bandwidth = runs[0]["bandwidth_bytes_per_s"]
+    lines = [
+        f"## {NAMES.get(shape, shape)}, prompt of {runs[0]['prompt_tokens']} tokens", "",
+        f"Copies at {bandwidth * 1e-9:.0f} GB/s (bytes read and written); a plain step reads"
+        f" {runs[0]['step_bytes'] * 1e-9:.2f} GB, floor {runs[0]['floor_ms']:.3f} ms.", "",
+        *table(("", "tokens/s", "over plain", "accept length", "first token ms", "round ms",
+                "draft ms", "verify ms", "of the floor", ""), rows),
+        *breakdown_table(runs),
+    ]  # fmt: skip
+    if not result["together"]:
+        lines += ["Memory did not hold both drafters at once: plain decoding ran beside each"
+                  " of them, and stands here beside the first.", ""]  # fmt: skip
     return lines
 
 
@@ -233,47 +258,55 @@ def breakdown_table(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def shapes_part(pieces: dict[str, Any]) -> list[str]:
     lines = []
-    for shape, result in pieces["shapes"]["results"].items():
+    results = pieces["shapes"]["results"]
+    for shape, result in results.items():
+        if not shape.endswith(".memory"):  # stands beside its shape
+            memory = results.get(f"{shape}.memory", {})
+            lines += complete(f"shapes.{shape}", parts_of_shape, shape, result, memory)
+    return lines
+
+
+def parts_of_shape(shape: str, result: dict[str, Any], memory: dict[str, Any]) -> list[str]:
+    lines = [
+        f"## Parts of {SHAPES.get(shape, shape)}", "",
+        f"Copies at {result['bandwidth_bytes_per_s'] * 1e-9:.0f} GB/s. `free` is the same"
+        " kernel with the parts of k chosen for the number of rows.", "",
+    ]  # fmt: skip
+    if "linears" in result:
+        lines += table(
+            ("product", "rows", "us", "of the floor", "cuBLAS us", "over cuBLAS", "free us"),
+            [(r["op"], r["rows"], f"{r['us']:.1f}", amount(r["share"], "%"),
+              f"{r['cublas_us']:.1f}", f"{r['us'] / r['cublas_us']:.2f}x",
+              f"{r['free_us']:.1f}") for r in result["linears"]],
+        )  # fmt: skip
+    if "attention" in result:
+        lines += table(
+            ("attention, context", "rows", "us", "of the floor"),
+            [(r["context"], r["rows"], f"{r['us']:.1f}", amount(r["share"], "%"))
+             for r in result["attention"]],
+        )  # fmt: skip
+    if "drafting" in result:
+        lines += table(
+            ("draft level, head", "us", "over its floor"),
+            [(r["vocab_size"], f"{r['us']:.1f}", f"{r['us'] / r['floor_us']:.2f}x")
+             for r in result["drafting"]],
+        )  # fmt: skip
+    if upload := result.get("upload"):
         lines += [
-            f"## Parts of {SHAPES.get(shape, shape)}", "",
-            f"Copies at {result['bandwidth_bytes_per_s'] * 1e-9:.0f} GB/s. `free` is the same"
-            " kernel with the parts of k chosen for the number of rows.", "",
-        ]  # fmt: skip
-        if "linears" in result:
-            lines += table(
-                ("product", "rows", "us", "of the floor", "cuBLAS us", "over cuBLAS", "free us"),
-                [(r["op"], r["rows"], f"{r['us']:.1f}", amount(r["share"], "%"),
-                  f"{r['cublas_us']:.1f}", f"{r['us'] / r['cublas_us']:.2f}x",
-                  f"{r['free_us']:.1f}") for r in result["linears"]],
-            )  # fmt: skip
-        if "attention" in result:
-            lines += table(
-                ("attention, context", "rows", "us", "of the floor"),
-                [(r["context"], r["rows"], f"{r['us']:.1f}", amount(r["share"], "%"))
-                 for r in result["attention"]],
-            )  # fmt: skip
-        if "drafting" in result:
-            lines += table(
-                ("draft level, head", "us", "over its floor"),
-                [(r["vocab_size"], f"{r['us']:.1f}", f"{r['us'] / r['floor_us']:.2f}x")
-                 for r in result["drafting"]],
-            )  # fmt: skip
-        if upload := result.get("upload"):
-            lines += [
-                f"Weights come to the device at {upload['loader_gb_per_s']:.1f} GB/s"
-                f" ({upload['loader_from_fp32_gb_per_s']:.1f} converted from fp32); a copy from"
-                f" pinned memory runs at {upload['pinned_copy_gb_per_s']:.1f} GB/s.",
-                "",
-            ]
-        if memory := result.get("memory"):
-            planned = memory["planned_bytes"]
-            loaded, used = memory["taken_by_load_bytes"], memory["taken_after_generation_bytes"]
-            lines += [
-                f"The memory plan says {planned / 1e9:.3f} GB; loading takes {loaded / 1e9:.3f} GB"
-                f" ({100 * (loaded / planned - 1):+.2f} %), and with the kernels and graphs of the"
-                f" first rounds it is {used / 1e9:.3f} GB ({100 * (used / planned - 1):+.2f} %).",
-                "",
-            ]
+            f"Weights come to the device at {upload['loader_gb_per_s']:.1f} GB/s"
+            f" ({upload['loader_from_fp32_gb_per_s']:.1f} converted from fp32); a copy from"
+            f" pinned memory runs at {upload['pinned_copy_gb_per_s']:.1f} GB/s.",
+            "",
+        ]
+    if found := memory.get("memory"):
+        planned = found["planned_bytes"]
+        loaded, used = found["taken_by_load_bytes"], found["taken_after_generation_bytes"]
+        lines += [
+            f"The memory plan says {planned / 1e9:.3f} GB; loading takes {loaded / 1e9:.3f} GB"
+            f" ({100 * (loaded / planned - 1):+.2f} %), and with the kernels and graphs of the"
+            f" first rounds it is {used / 1e9:.3f} GB ({100 * (used / planned - 1):+.2f} %).",
+            "",
+        ]
     return lines
 
 

@@ -89,6 +89,10 @@ TEST_CASE("a machine without a usable device is refused by name") {
     config.driver_version = 0;
     CHECK(make_backend("auto", 1)->info().name == "cpu");
   }
+  SUBCASE("auto takes the CPU where the GPU has no room for a context") {
+    emulation::fail_next("cudaSetDevice", cudaErrorMemoryAllocation);
+    CHECK(make_backend("auto", 1)->info().name == "cpu");
+  }
   SUBCASE("and the next one works") {
     CHECK(make_cuda_backend(0)->info().name == "cuda:0");
     CHECK(make_backend("auto", 1)->info().name == "cuda:0");

@@ -148,6 +148,13 @@ int set_workspace(void* handle, void* workspace, size_t bytes) {
                                                                            : kInvalidValue;
 }
 
+int set_math_mode(void* handle, int mode) {
+  const int planned = emulation::planned_failure("cublasSetMathMode");
+  if (planned != kSuccess) return planned;
+  if (handle == nullptr) return kNotInitialized;
+  return mode == 0 || mode == kCublasSumsOnlyInFp32 ? kSuccess : kInvalidValue;
+}
+
 int gemm_ex(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha, const void* a,
             cudaDataType_t a_type, int lda, const void* b, cudaDataType_t b_type, int ldb,
             const void* beta, void* c, cudaDataType_t c_type, int ldc, int compute_type,
@@ -184,7 +191,8 @@ int gemm_ex(void* handle, int op_a, int op_b, int m, int n, int k, const void* a
 }  // namespace
 
 const CublasApi& cublas_api() {
-  static constexpr CublasApi kApi{create, destroy, set_stream, set_workspace, gemm_ex};
+  static constexpr CublasApi kApi{create,        destroy,       set_stream,
+                                   set_workspace, set_math_mode, gemm_ex};
   return kApi;
 }
 

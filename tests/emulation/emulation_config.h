@@ -76,7 +76,8 @@ Config& config();
 
 // The call of that name after `after` more successful ones returns `error`, once. Kernels are
 // launched by "cudaLaunchKernelEx", pinned memory with typed pointers comes from "cudaHostAlloc",
-// cuBLAS has "cublasCreate", "cublasSetStream", "cublasSetWorkspace" and "cublasGemmEx".
+// cuBLAS has "cublasCreate", "cublasSetStream", "cublasSetWorkspace", "cublasSetMathMode" and
+// "cublasGemmEx".
 void fail_next(const char* api_name, cudaError_t error, int after = 0);
 
 // A fresh device: no memory, stream, event or graph of before is left (their handles are refused),

@@ -87,7 +87,8 @@ PIECES: dict[str, object] = {
     },
 }  # fmt: skip
 LOGS = {
-    "tests": "[doctest] test cases: 38 | 37 passed | 1 failed | 0 skipped\n",
+    "tests": "[doctest] test cases: 30 | 30 passed | 0 failed | 0 skipped\n"
+    "[doctest] test cases: 8 | 7 passed | 1 failed | 0 skipped\n",
     "sanitizer.memcheck": "========= ERROR SUMMARY: 2 errors\n",
 }
 
@@ -172,8 +173,9 @@ def test_results_cut_off_while_they_were_written(write_report) -> None:
         "shapes.llama-3.2-1b.json": {},
     }
     report, text = write_report(cut)
-    assert "The results of `bench` are incomplete" in text
-    assert "The results of `shapes` are incomplete" in text
+    assert "The results of `bench.llama-3-8b` are incomplete" in text
+    assert "The results of `shapes.llama-3.2-1b` are incomplete" in text
+    assert "## Parts of Llama-3-8B" in text
     assert all(row["measured"] is None for row in report["targets"])
 
 
@@ -204,25 +206,62 @@ def test_a_wrong_command_line_is_refused(tmp_path, args, named) -> None:
     assert named in done.stderr
 
 
-def test_a_failing_piece_is_reported_and_the_next_one_runs(tmp_path) -> None:
-    """A GPU that only nvidia-smi sees, and tests that fail."""
+def pretend(tmp_path: Path, tests: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """A GPU that only nvidia-smi sees, and cuda_tests that does what `tests` says."""
     programs, build = tmp_path / "bin", tmp_path / "build"
     for path, script in (
         (programs / "nvidia-smi", 'echo "GPU 0: Pretend"'),
-        (build / "cuda_tests", "echo '[doctest] test cases: 3 | 2 passed | 1 failed'; exit 1"),
+        (build / "cuda_tests", tests),
+        (build / "bench_cuda", "exit 1"),
     ):
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
     done = gpu_report(
-        tmp_path / "out", "tests", "bench",
+        tmp_path / "out", "tests", "bench", "shapes",
         FRSPEC_BUILD=str(build), PATH=f"{programs}:{os.environ['PATH']}",
     )  # fmt: skip
+    return done, json.loads((tmp_path / "out" / "report.json").read_text())["pieces"]
+
+
+FILES = len(list((TOOLS.parent / "tests" / "cuda").glob("test_*.cpp")))
+
+
+def test_a_failing_piece_is_reported_and_the_next_one_runs(tmp_path) -> None:
+    done, pieces = pretend(
+        tmp_path,
+        """case $* in *linear*) echo '[doctest] test cases: 3 | 2 passed | 1 failed'; exit 1;; esac
+        echo '[doctest] test cases: 2 | 2 passed | 0 failed'""",
+    )
     assert done.returncode == 1
     assert "tests: failed" in done.stdout
+    assert "test_cuda_linear.cpp fails with FRSPEC_PDL=0 too" in done.stdout
     assert "bench: skipped: frspec-bench is not built" in done.stdout
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["pieces"]["tests"]["status"] == "failed"
-    assert report["pieces"]["tests"]["results"]["cuda_tests"] == {
-        "run": 3, "passed": 2, "failed": 1
+    assert pieces["tests"]["status"] == "failed"
+    assert pieces["tests"]["results"]["cuda_tests"] == {
+        "run": 2 * FILES + 1, "passed": 2 * FILES, "failed": 1
     }  # fmt: skip
+
+
+def test_what_only_early_launches_break_is_told(tmp_path) -> None:
+    done, pieces = pretend(
+        tmp_path,
+        """[ "$FRSPEC_PDL" = 0 ] || case $* in *engine*) exit 139;; esac
+        echo '[doctest] test cases: 2 | 2 passed | 0 failed'""",
+    )
+    assert done.returncode == 1
+    told = "with FRSPEC_PDL=0 all pass; what follows ran so"
+    assert pieces["tests"]["last_line"] == told
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"{2 * FILES - 2} of {2 * FILES - 2} tests passed; {told} |" in text
+
+
+def test_tests_that_do_not_end_cost_no_other_piece_its_time(tmp_path) -> None:
+    done, pieces = pretend(
+        tmp_path,
+        """case $* in *linear*) exit 124;; esac
+        echo '[doctest] test cases: 2 | 2 passed | 0 failed'""",
+    )
+    assert done.returncode == 1
+    assert pieces["shapes"]["status"] == "skipped"
+    assert pieces["shapes"]["last_line"] == "the tests of test_cuda_linear.cpp did not end"
