@@ -144,9 +144,10 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
 }
 
 TEST_CASE("a row of attention has the same bits alone and among others") {
-  for (const auto& [shape, dtype] :
-       {std::pair{kShapes[0], DType::kBF16}, {kShapes[0], DType::kF16}, {kShapes[2], DType::kF16},
-        {kShapes[5], DType::kBF16}}) {
+  for (const auto& [shape, dtype] : {std::pair{kShapes[0], DType::kBF16},
+                                     {kShapes[0], DType::kF16},
+                                     {kShapes[2], DType::kF16},
+                                     {kShapes[5], DType::kBF16}}) {
     CAPTURE(shape.head_dim);
     CAPTURE(dtype);
     // Some rows end before 608, a multiple of the keys that are multiplied at once, most behind it.
