@@ -119,7 +119,7 @@ def collect(out: Path) -> dict[str, Any]:
             if path.suffix == ".new":  # being written when its piece was ended
                 continue
             name = path.stem.removeprefix(f"{piece}.")
-            results[name] = read_json(path) if path.suffix == ".json" else path.read_text()
+            results[name] = read_json(path) if path.suffix == ".json" else read_log(path)
         if piece == "tests":
             results = {"cuda_tests": tests_summary(read_log(out / "logs" / "tests.log"))}
         if piece == "sanitizer":

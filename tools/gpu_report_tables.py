@@ -166,8 +166,7 @@ def pieces_part(pieces: dict[str, Any]) -> list[str]:
         results = piece["results"]
         if name == "tests" and results:
             counted = "{passed} of {run} tests passed".format_map(results["cuda_tests"])
-            last = piece.get("last_line", "")
-            return f"{counted}; {last}" if "FRSPEC_PDL" in last else counted
+            return f"{counted}; {piece['last_line']}" if "last_line" in piece else counted
         if name == "sanitizer" and results:
             return "; ".join(f"{tool}: {summary}" for tool, summary in results.items())
         return piece.get("last_line", "").replace("|", "/")
@@ -260,15 +259,27 @@ def shapes_part(pieces: dict[str, Any]) -> list[str]:
     lines = []
     results = pieces["shapes"]["results"]
     for shape, result in results.items():
-        if not shape.endswith(".memory"):  # stands beside its shape
-            memory = results.get(f"{shape}.memory", {})
-            lines += complete(f"shapes.{shape}", parts_of_shape, shape, result, memory)
+        name = shape.removesuffix(".memory")
+        part = parts_of_shape if name == shape else memory_of_shape
+        lines += complete(f"shapes.{shape}", part, NAMES.get(name, name), result)
     return lines
 
 
-def parts_of_shape(shape: str, result: dict[str, Any], memory: dict[str, Any]) -> list[str]:
+def memory_of_shape(name: str, result: dict[str, Any]) -> list[str]:
+    memory = result["memory"]
+    planned = memory["planned_bytes"]
+    loaded, used = memory["taken_by_load_bytes"], memory["taken_after_generation_bytes"]
+    return [
+        f"{name}: the memory plan says {planned / 1e9:.3f} GB; loading takes {loaded / 1e9:.3f} GB"
+        f" ({100 * (loaded / planned - 1):+.2f} %), and with the kernels and graphs of the"
+        f" first rounds it is {used / 1e9:.3f} GB ({100 * (used / planned - 1):+.2f} %).",
+        "",
+    ]
+
+
+def parts_of_shape(name: str, result: dict[str, Any]) -> list[str]:
     lines = [
-        f"## Parts of {SHAPES.get(shape, shape)}", "",
+        f"## Parts of {name}", "",
         f"Copies at {result['bandwidth_bytes_per_s'] * 1e-9:.0f} GB/s. `free` is the same"
         " kernel with the parts of k chosen for the number of rows.", "",
     ]  # fmt: skip
@@ -296,15 +307,6 @@ def parts_of_shape(shape: str, result: dict[str, Any], memory: dict[str, Any]) -
             f"Weights come to the device at {upload['loader_gb_per_s']:.1f} GB/s"
             f" ({upload['loader_from_fp32_gb_per_s']:.1f} converted from fp32); a copy from"
             f" pinned memory runs at {upload['pinned_copy_gb_per_s']:.1f} GB/s.",
-            "",
-        ]
-    if found := memory.get("memory"):
-        planned = found["planned_bytes"]
-        loaded, used = found["taken_by_load_bytes"], found["taken_after_generation_bytes"]
-        lines += [
-            f"The memory plan says {planned / 1e9:.3f} GB; loading takes {loaded / 1e9:.3f} GB"
-            f" ({100 * (loaded / planned - 1):+.2f} %), and with the kernels and graphs of the"
-            f" first rounds it is {used / 1e9:.3f} GB ({100 * (used / planned - 1):+.2f} %).",
             "",
         ]
     return lines

@@ -123,6 +123,19 @@ TEST_CASE("an allocation that the device refuses leaves the engine to be loaded 
   }
 }
 
+TEST_CASE("a cuBLAS that cannot be set up is an error, and is tried again") {
+  const Restored restored;
+  for (const char* call :
+       {"cublasCreate", "cublasSetStream", "cublasSetWorkspace", "cublasSetMathMode"}) {
+    CAPTURE(call);
+    Engine engine(tiny_options());
+    emulation::fail_next(call, cudaErrorUnknown);
+    CHECK_THROWS_WITH_AS(engine.load(), doctest::Contains("cuBLAS status"), DeviceError);
+    engine.load();
+    CHECK(generate(engine).size() == 12);
+  }
+}
+
 TEST_CASE("a call that fails once is an error of its request alone") {
   const Restored restored;
   Engine engine(tiny_options());

@@ -80,6 +80,12 @@ PIECES: dict[str, object] = {
     ),
     "shapes.json": {"status": "timed out", "exit_code": 124, "seconds": 60},
     "shapes.llama-3-8b.json": SHAPES,
+    "shapes.llama-3.2-1b.memory.json": {
+        "memory": {
+            "planned_bytes": int(4e9), "taken_by_load_bytes": int(3.96e9),
+            "taken_after_generation_bytes": int(4.2e9),
+        }
+    },
     "sanitizer.json": {"status": "failed", "exit_code": 1, "seconds": 60},
     "transformers.json": {"status": "passed", "exit_code": 0, "seconds": 60},
     "transformers.llama-3-8b.json": {
@@ -129,6 +135,8 @@ def test_targets_stand_beside_what_was_measured(write_report) -> None:
     )  # fmt: skip
     cost = measured["Llama-3-8B: cost of invariance, products of a step, 60 rows"]
     assert cost == (pytest.approx(0.03), True)
+    assert measured["Llama-3.2-1B: memory beside the plan"] == (pytest.approx(0.01), True)
+    assert "Llama-3.2-1B: the memory plan says 4.000 GB; loading takes 3.960 GB (-1.00 %)" in text
     assert f"| Llama-3-8B: {share} | >= 92.0 % | 93.0 % | met |" in text
     assert f"| Llama-3.2-1B: {share} | >= 80.0 % | not measured |  |" in text
     assert f"| Llama-3-8B: {verification} | <= 1.100x | 1.120x | **missed** |" in text
@@ -168,6 +176,7 @@ def test_failures_and_missing_pieces_are_named(write_report) -> None:
 def test_results_cut_off_while_they_were_written(write_report) -> None:
     no_level = SHAPES | {"drafting": [], "linears": []}
     cut = PIECES | {
+        "shapes.llama-3.2-1b.memory.json": "{",
         "bench.llama-3-8b.json": '{"runs": [{',
         "shapes.llama-3-8b.json": no_level,
         "shapes.llama-3.2-1b.json": {},
@@ -250,7 +259,7 @@ def test_what_only_early_launches_break_is_told(tmp_path) -> None:
         echo '[doctest] test cases: 2 | 2 passed | 0 failed'""",
     )
     assert done.returncode == 1
-    told = "with FRSPEC_PDL=0 all pass; what follows ran so"
+    told = "test_cuda_engine.cpp failed; with FRSPEC_PDL=0 all pass, and what follows ran so"
     assert pieces["tests"]["last_line"] == told
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"{2 * FILES - 2} of {2 * FILES - 2} tests passed; {told} |" in text
@@ -259,7 +268,7 @@ def test_what_only_early_launches_break_is_told(tmp_path) -> None:
 def test_tests_that_do_not_end_cost_no_other_piece_its_time(tmp_path) -> None:
     done, pieces = pretend(
         tmp_path,
-        """case $* in *linear*) exit 124;; esac
+        """case $* in *linear*) exit 124;; *row_ops*) exit 1;; esac
         echo '[doctest] test cases: 2 | 2 passed | 0 failed'""",
     )
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -98,20 +99,26 @@ def test_error_in_a_worker_is_the_first_of_the_corpus(folder, tmp_path, monkeypa
     assert not (tmp_path / "ranking.safetensors").exists()
 
 
-def kill_a_worker_after_thirty_chunks(monkeypatch) -> None:
+def kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def kill_workers_after_thirty_chunks(monkeypatch) -> None:
+    """All of them: the death of one that is idle costs nothing, and may pass unnoticed."""
     read_chunks = command.read_chunks
 
     def killing(*args):
         for number, each in enumerate(read_chunks(*args)):
             if number == 30:
-                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                kill_workers()
             yield each
 
     monkeypatch.setattr(command, "read_chunks", killing)
 
 
-def test_what_a_dead_worker_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
-    kill_a_worker_after_thirty_chunks(monkeypatch)
+def test_what_dead_workers_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
+    kill_workers_after_thirty_chunks(monkeypatch)
     check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
     assert capsys.readouterr().err.count("2 new ones count what it had") == 1
 
@@ -121,17 +128,30 @@ def test_workers_that_die_again_and_again_end_the_run(folder, inputs, tmp_path, 
 
     def killing(pool):
         replace_workers(pool)
-        for process in multiprocessing.active_children():
-            process.kill()
+        kill_workers()
 
     options = ["--input", *inputs, "--processes", 2, "--checkpoint", tmp_path / "checkpoint"]
     with monkeypatch.context() as patch:
-        kill_a_worker_after_thirty_chunks(patch)
+        kill_workers_after_thirty_chunks(patch)
         patch.setattr(workers._Pool, "_replace_workers", killing)
         with pytest.raises(RankingError, match="3 times at the same place"):
             rank(folder, *options)
     assert not (tmp_path / "ranking.safetensors").exists()
     check_counts(rank(folder, *options), TEXTS * 6 * REPEATS)
+
+
+def test_workers_that_cannot_be_started_count_as_dead(folder, inputs, monkeypatch, capsys):
+    submit, number = workers.ProcessPoolExecutor.submit, itertools.count()
+    failures = {10: OSError("no process is to be had"), 40: ValueError("bad value(s)")}
+
+    def failing(executor, *work):
+        if (failure := failures.get(next(number))) is not None:
+            raise failure
+        return submit(executor, *work)
+
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", failing)
+    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
+    assert capsys.readouterr().err.count("2 new ones count what it had") == 2
 
 
 # ---------------------------------------------------------------------------- interruptions

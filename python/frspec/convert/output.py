@@ -51,9 +51,9 @@ def check_destination(out: Path, sources: Sequence[Path], force: bool) -> None:
 def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends without an error.
 
-    Any exception, KeyboardInterrupt included, removes it and leaves `out` as it was; what a killed
-    run left is removed by the next one to the same place. `nbytes` is what will be written: too
-    little free space is refused at once.
+    Any exception, KeyboardInterrupt included, removes it and leaves `out` as it was; the temporary
+    folder of a killed run is removed by the next one to the same place. `nbytes` is what will be
+    written: too little free space is refused at once.
     """
     parent = out.absolute().parent
     while not parent.exists():  # missing parents are made at the end, with the result
@@ -68,9 +68,9 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
     except OSError as error:
         raise ConversionError(f"{out}: cannot write into {parent}: {error.strerror}") from error
-    replaced = None
-    lock = _lock(stage)
+    replaced = lock = None
     try:
+        lock = _lock(stage)
         stage.chmod(0o777 & ~umask())  # mkdtemp's folder is private; a model folder is not
         yield stage
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_abandoned(parent: Path, name: str) -> None:
     """Removes stages whose process was killed: nobody locks them."""
-    for stage in parent.glob(f".{glob.escape(name)}.*.partial"):
+    for stage in parent.glob(f".{glob.escape(name)}.????????.partial"):  # as mkdtemp names it
         try:
             lock = _lock(stage)
         except OSError:  # another user's

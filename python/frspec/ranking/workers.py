@@ -66,6 +66,7 @@ class _Pool:
         self._folder, self._text_field, self._processes = folder, text_field, processes
         self._report = report
         self._deaths = 0
+        self._reason: Exception | None = None  # of the latest death, where the library gave one
         self._start()
 
     def send(self, chunk: Chunk) -> None:
@@ -77,7 +78,8 @@ class _Pool:
             chunk, future = self.waiting[0]
             try:
                 found = future.result() if future is not None else None
-            except BrokenProcessPool:
+            except BrokenProcessPool as error:
+                self._reason = error
                 found = None
             if found is not None:
                 self.waiting.popleft()
@@ -99,21 +101,22 @@ class _Pool:
         try:
             with _without_interrupts():
                 return self.executor.submit(_count, chunk, self._text_field)
-        except Exception:
-            # BrokenProcessPool, but for a worker that dies while another is being started: then the
-            # library closes under its own hands what that one needs (OSError, ValueError).
+        except (BrokenProcessPool, OSError, ValueError) as error:
+            # The latter two where no process can be had, and where a worker dies while another is
+            # being started: then the library closes under its own hands what that one needs.
+            self._reason = error
             return None
 
     def _replace_workers(self) -> None:
         """One dead worker ends all of an executor's."""
         self._deaths += 1
-        self.executor.shutdown(wait=False)
+        self.executor.shutdown(wait=False, cancel_futures=True)  # those that are well have chunks
         why = "a worker process died or did not start (perhaps because memory ran out)"
         if self._deaths >= _MAX_DEATHS:
             raise RankingError(
                 f"{why}, {self._deaths} times at the same place; use fewer --processes. No ranking"
                 " was written"
-            )
+            ) from self._reason
         self._report(f"{why}; {self._processes} new ones count what it had")
         self._start()
         self.waiting = deque(
@@ -123,7 +126,12 @@ class _Pool:
 
 
 def _is_done(future: Future[ChunkCount] | None) -> bool:
-    return future is not None and future.done() and future.exception() is None
+    return (
+        future is not None
+        and future.done()
+        and not future.cancelled()
+        and future.exception() is None
+    )
 
 
 def _begin(folder: Path) -> None:
