@@ -52,6 +52,10 @@ def main() -> int:
     parser.add_argument(
         "--vocab-sizes", nargs="+", type=int, default=[32768, 16384, 8192], help="of EAGLE-2 + FR"
     )
+    parser.add_argument(
+        "--tree", nargs=3, type=int, metavar=("DEPTH", "TOPK", "TOKENS"),
+        help="of EAGLE-2 (default: the CPU's)",
+    )  # fmt: skip
     parser.add_argument("--medusa-vocab-size", type=int, default=16384, help="of Medusa + FR")
     parser.add_argument(
         "--tasks",
@@ -131,6 +135,8 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Process]:
         if drafter is None:
             continue
         options = own | {"drafter": drafter}
+        if label == "EAGLE-2" and args.tree is not None:
+            options["tree"] = frspec.Tree(*args.tree)
         wanted.append((f"frspec, {label}", Frspec, options))
         for size in sizes if args.ranking else []:
             ranked = options | {"ranking": args.ranking, "vocab_size": size}
