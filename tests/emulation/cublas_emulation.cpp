@@ -192,7 +192,7 @@ int gemm_ex(void* handle, int op_a, int op_b, int m, int n, int k, const void* a
 
 const CublasApi& cublas_api() {
   static constexpr CublasApi kApi{create,        destroy,       set_stream,
-                                   set_workspace, set_math_mode, gemm_ex};
+                                  set_workspace, set_math_mode, gemm_ex};
   return kApi;
 }
 
