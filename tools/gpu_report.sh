@@ -302,6 +302,7 @@ done
 mkdir -p "$out/logs" "$out/pieces" || fail "$out cannot be written"
 python3 tools/gpu_report.py machine "$out" || exit 2
 failed=0
+written=1
 for piece in "${pieces[@]}"; do
   limit=$((BUDGET - SECONDS - 5 < LIMIT[$piece] ? BUDGET - SECONDS - 5 : LIMIT[$piece]))
   [ $limit -ge 5 ] || limit=5
@@ -314,9 +315,9 @@ for piece in "${pieces[@]}"; do
     bash tools/gpu_report.sh "$out" --run "$piece" >"$log" 2>&1 || code=$?
   status=$(python3 tools/gpu_report.py record "$out" "$piece" $code $((SECONDS - start))) || exit 2
   printf '[%4d s] %s: %s\n' $SECONDS "$piece" "$status"
-  python3 tools/gpu_report.py write "$out" || echo "the report could not be written" >&2
+  python3 tools/gpu_report.py write "$out" && written=1 || written=0
   case $code in 0 | "$SKIPPED") ;; *) failed=1 && tail -n 5 "$log" | sed 's/^/         | /' ;; esac
 done
-python3 tools/gpu_report.py write "$out" || exit 2
+[ $written = 1 ] || fail "$out/report.md could not be written"
 echo "$out/report.md is written"
 exit $failed

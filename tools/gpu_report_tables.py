@@ -164,12 +164,13 @@ def machine_part(machine: dict[str, Any]) -> list[str]:
 def pieces_part(pieces: dict[str, Any]) -> list[str]:
     def note(name: str, piece: dict[str, Any]) -> str:
         results = piece["results"]
+        last_line = piece.get("last_line", "").replace("|", "/")
         if name == "tests" and results:
             counted = "{passed} of {run} tests passed".format_map(results["cuda_tests"])
-            return f"{counted}; {piece['last_line']}" if "last_line" in piece else counted
+            return f"{counted}; {last_line}" if last_line else counted
         if name == "sanitizer" and results:
             return "; ".join(f"{tool}: {summary}" for tool, summary in results.items())
-        return piece.get("last_line", "").replace("|", "/")
+        return last_line
 
     return ["## Pieces", ""] + table(
         ("piece", "", "seconds", ""),
