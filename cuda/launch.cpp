@@ -43,6 +43,14 @@ void throw_cuda_error(cudaError_t error, const char* doing) {
                                     : message);
 }
 
+int device_attribute(cudaDeviceAttr attribute, const char* doing) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), doing);
+  check(cudaDeviceGetAttribute(&value, attribute, device), doing);
+  return value;
+}
+
 const KernelState& prepare_kernel(KernelState (&states)[kMaxDevices], const void* kernel,
                                   size_t shared_bytes, const char* name) {
   int device = 0;

@@ -60,6 +60,9 @@ class Arena {
             cols};
   }
 
+  // Puts into the plan what others will take of the same memory, not out of this arena.
+  void plan_beside(const char* name, size_t bytes) { record(name, bytes); }
+
   size_t used_bytes() const { return used_; }
   const MemoryPlan& plan() const { return plan_; }
 

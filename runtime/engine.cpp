@@ -88,6 +88,7 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   Arena planning;
   layout(planning, max_context_);
   plan_ = planning.plan();
+  arena_bytes_ = planning.used_bytes();
 }
 
 void Engine::layout(Arena& arena, int64_t max_context) {
@@ -146,7 +147,7 @@ int64_t Engine::longest_context_within(size_t bytes) {
   const auto fits = [&](int64_t context) {
     Arena arena;
     layout(arena, context);
-    return arena.used_bytes() <= bytes;
+    return arena.plan().total_bytes() <= bytes;
   };
   if (!fits(2)) return 0;
   int64_t low = 2;
@@ -178,7 +179,7 @@ void Engine::load() {
                                  available, limited ? " bytes; " : " bytes are available; ",
                                  advice));
   }
-  Arena arena(backend_->allocate(needed), needed);
+  Arena arena(backend_->allocate(arena_bytes_), arena_bytes_);
   layout(arena, max_context_);
 
   std::vector<int32_t> index(static_cast<size_t>(pass_rows_));

@@ -127,6 +127,7 @@ class Engine {
   TreeShape tree_shape_;
   int64_t max_context_ = 0;
   MemoryPlan plan_;
+  size_t arena_bytes_ = 0;  // of the plan, what load() takes itself
   bool loaded_ = false;
 
   Llama target_;

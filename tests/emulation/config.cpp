@@ -83,6 +83,11 @@ void read_compute(Config& config) {
   if (point == std::string::npos) refuse(variable, "MAJOR.MINOR", text);
   config.compute_major = static_cast<int>(parse_number(variable, text.substr(0, point), text));
   config.compute_minor = static_cast<int>(parse_number(variable, text.substr(point + 1), text));
+  size_t kibibytes = 100;  // 8.6, 8.9 and 12
+  if (config.compute_major == 8 && config.compute_minor == 0) kibibytes = 164;
+  if (config.compute_major == 9 || config.compute_major == 10) kibibytes = 228;
+  config.shared_bytes_per_multiprocessor = kibibytes << 10;
+  config.shared_bytes_per_block = (kibibytes - 1) << 10;
 }
 
 void read_failure() {

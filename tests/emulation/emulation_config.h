@@ -51,15 +51,15 @@ struct Config {
   int threads = 1;         // OS threads that run blocks
   size_t stack_bytes = 0;  // of a CUDA thread, for those made from now on; 0: a default
 
-  // The device. By default one with the limits of compute capability 8.9, but few multiprocessors.
+  // The device. By default one with the limits of compute capability 9.0, but few multiprocessors.
   int device_count = 1;
   int driver_version = CUDART_VERSION;  // 0: no driver
-  int compute_major = 8;
-  int compute_minor = 9;
+  int compute_major = 9;
+  int compute_minor = 0;
   int multiprocessors = 4;
   size_t device_bytes = size_t{8} << 30;
-  size_t shared_bytes_per_block = 99 << 10;
-  size_t shared_bytes_per_multiprocessor = 100 << 10;
+  size_t shared_bytes_per_block = 227 << 10;
+  size_t shared_bytes_per_multiprocessor = 228 << 10;
 };
 
 // Starts from the environment:
@@ -69,7 +69,7 @@ struct Config {
 //   FRSPEC_EMULATION_ERRORS   throw | sticky
 //   FRSPEC_EMULATION_PROTECT  on | off
 //   FRSPEC_EMULATION_THREADS, _DEVICES, _DRIVER, _DEVICE_BYTES   numbers
-//   FRSPEC_EMULATION_COMPUTE  MAJOR.MINOR
+//   FRSPEC_EMULATION_COMPUTE  MAJOR.MINOR, with the shared memory of such a device
 //   FRSPEC_EMULATION_FAIL     CALL:ERROR[:AFTER], as fail_next(); ERROR is a number
 // Error, at the first use, when one of them makes no sense.
 Config& config();

@@ -78,7 +78,6 @@ inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row,
 inline void copy_async_16(void* shared, const void* global, int source_bytes = 16) {
   emulation::copy_async(shared, global, static_cast<uint32_t>(source_bytes), 16);
 }
-inline void prefetch_l2(const void*) {}
 inline void copy_async_commit() { emulation::commit_copies(); }
 template <int kPending>
 void copy_async_wait() {

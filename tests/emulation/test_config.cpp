@@ -20,6 +20,7 @@ TEST_CASE("configuration as the environment says" * doctest::skip()) {
   CHECK(config().threads == 3);
   CHECK(config().device_bytes == 12345);
   CHECK(config().compute_major == 12);
+  CHECK(config().shared_bytes_per_block == 99 << 10);
   void* p = nullptr;
   check(cudaMalloc(&p, 1), "first");
   CHECK(cudaMalloc(&p, 1) == cudaErrorMemoryAllocation);

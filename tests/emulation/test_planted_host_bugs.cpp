@@ -102,7 +102,8 @@ TEST_CASE("planted: more shared memory than a block may have") {
   expect_noticed("cudaErrorInvalidValue", [] {
     const Stream stream;
     const DeviceArray<int> out(32);
-    launch<fill>(one_block(32, stream, 120 << 10), "fill", out.data(), 1);
+    launch<fill>(one_block(32, stream, config().shared_bytes_per_block + 1024), "fill", out.data(),
+                 1);
     return true;
   });
 }

@@ -262,12 +262,12 @@ TEST_CASE("addresses of freed memory are used again when the others are used up"
 TEST_CASE("the device that is pretended") {
   const FreshDevice fresh;
   config().multiprocessors = 132;
-  config().compute_major = 9;
-  config().compute_minor = 0;
+  config().compute_major = 8;
+  config().compute_minor = 9;
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0), "properties");
   CHECK(properties.multiProcessorCount == 132);
-  CHECK(properties.major == 9);
+  CHECK(properties.major == 8);
   CHECK(properties.sharedMemPerBlockOptin == config().shared_bytes_per_block);
   CHECK(std::strlen(properties.name) > 0);
   const auto attribute = [](cudaDeviceAttr which) {
@@ -276,10 +276,10 @@ TEST_CASE("the device that is pretended") {
     return value;
   };
   CHECK(attribute(cudaDevAttrMultiProcessorCount) == 132);
-  CHECK(attribute(cudaDevAttrComputeCapabilityMajor) == 9);
-  CHECK(attribute(cudaDevAttrComputeCapabilityMinor) == 0);
-  CHECK(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) == 99 << 10);
-  CHECK(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) == 100 << 10);
+  CHECK(attribute(cudaDevAttrComputeCapabilityMajor) == 8);
+  CHECK(attribute(cudaDevAttrComputeCapabilityMinor) == 9);
+  CHECK(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) == 227 << 10);
+  CHECK(attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) == 228 << 10);
   int version = 0;
   check(cudaRuntimeGetVersion(&version), "version");
   CHECK(version == CUDART_VERSION);
