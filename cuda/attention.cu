@@ -5,20 +5,27 @@
 // q, out: [n, H D], keys and values [K, C, D], bf16 or fp16; sums fp32. D is padded with zeros to
 // one of the sizes that kernels exist for.
 //
-// Rows of a prompt (attend_kernel with kPrompt): one pass over the visible slots, in tiles of
-// kTileKeys slots, with a running maximum.
+// Rows of a prompt: one pass over the visible slots, in tiles of kTileKeys slots, with a running
+// maximum.
 //
 // All other rows (contract 1): what is summed in which order depends on the row's logical positions
 // alone. Of the v visible positions, whole steps of kTailStep that end at least kMaxInFlight
 // positions before the end are committed in any tree, so they sit in slots of their own numbers:
-// attend_kernel runs them through the tensor cores for all rows at once, in ranges of kRangeKeys
-// that begin at fixed positions, one block for each range. The remaining positions, kMaxInFlight to
-// kMaxTail of them, are the row's own: finish_kernel sums them in logical order (committed tokens,
-// then the row's ancestors, root first), and merges the ranges, first to last, before them.
+// they are summed in ranges of kRangeKeys that begin at fixed positions, a tile at a time, and the
+// tiles of a range are added in ascending order. The remaining positions, kMaxInFlight to kMaxTail
+// of them, are the row's own: they are gathered in logical order (committed tokens, then the row's
+// ancestors, root first) and summed as one more part. merge_kernel adds the parts, the own
+// positions last.
+//
+// How a range is shared among warps is free, because its tiles are summed by themselves: 16 queries
+// of 64 for each warp, or, where there are few queries and much of the device would be idle, a tile
+// for each.
+#include <algorithm>
 #include <cmath>
 
-#include "attention_finish.cuh"
+#include "attention_merge.cuh"
 #include "attention_params.cuh"
+#include "attention_tile.cuh"
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
@@ -27,139 +34,251 @@
 namespace frspec::cuda {
 namespace {
 
-// Softmax state of the 16 queries of a warp, in the layout of an mma accumulator: a lane has
-// elements of queries lane / 4 and lane / 4 + 8.
-template <int kDim>
-struct WarpState {
-  float values[kDim / 8][4];
-  float max[2];
-  float sum[2];  // of this lane's columns
+enum class Division {
+  kPrompt,   // a block: 64 queries, all they see; a warp: 16 of them
+  kQueries,  // a block: 64 queries, a range; a warp: 16 of them
+  kKeys,     // a block: 16 queries, a range; a warp: a tile of it
 };
 
-template <typename T, int kDim>
-__device__ __forceinline__ void attend_tile(WarpState<kDim>& state, T* queries, T* keys, T* values,
-                                            int first_key, const int (&limit)[2], float scale) {
-  constexpr int kKeys = kTileKeys<kDim>;
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  float scores[kKeys / 8][4];
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-    scores[j][0] = scores[j][1] = scores[j][2] = scores[j][3] = 0.0f;
-  }
-#pragma unroll
-  for (int d = 0; d < kDim / 16; ++d) {
-    uint32_t a[4];
-    ldmatrix_x4(a, piece_of<T, kDim>(queries, warp * 16 + lane % 16, d * 2 + lane / 16));
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; j += 2) {
-      uint32_t b[4];
-      ldmatrix_x4(b,
-                  piece_of<T, kDim>(keys, j * 8 + lane % 8 + lane / 16 * 8, d * 2 + lane / 8 % 2));
-      const uint32_t first[2] = {b[0], b[1]};
-      const uint32_t second[2] = {b[2], b[3]};
-      mma_16x8x16<T>(scores[j], a, first);
-      mma_16x8x16<T>(scores[j + 1], a, second);
-    }
-  }
+// Tiles that are under way or in use. All but kKeys fit in 99 KiB of shared memory.
+template <int kDim, Division kDivision>
+constexpr int kTileStages = kDivision == Division::kKeys || kDim <= 64 ? 4 : 2;
+template <Division kDivision>
+constexpr int kQueries = kDivision == Division::kKeys ? 16 : kBlockQueries;
+template <int kDim>
+constexpr bool kDividesKeys = kTileKeys<kDim>* kWarps == kRangeKeys;
 
-  float max[2] = {state.max[0], state.max[1]};
-#pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = first_key + j * 8 + lane % 4 * 2 + e % 2;
-      scores[j][e] = key < limit[e / 2] ? scores[j][e] * scale : -INFINITY;
-      max[e / 2] = fmaxf(max[e / 2], scores[j][e]);
-    }
-  }
+constexpr int kOwnSlots = kWarps * kMaxTail;
+
+template <typename T, int kDim, Division kDivision>
+constexpr size_t shared_bytes() {
+  const size_t tiles =
+      carved_bytes(sizeof(T) * kTileStages<kDim, kDivision> * kTileKeys<kDim> * kPitch<kDim>);
+  constexpr bool kSlots = kOwnJobs<kDim, kTileStages<kDim, kDivision>> == kWarps;
+  return carved_bytes(sizeof(T) * kBlockQueries * kPitch<kDim>) + 2 * tiles +
+         (kSlots ? carved_bytes(sizeof(int) * kOwnSlots) : 0);
+}
+
+// Part `part` of a row's head: unnormalised values, maximum and sum.
+__device__ __forceinline__ int64_t part_index(const AttentionParams& p, int part, int row,
+                                              int head) {
+  return (static_cast<int64_t>(part) * p.n + row) * p.query_heads + head;
+}
+
+// The 16 queries of a warp, of one part; query_at(i) gives the row and the head of query i, the row
+// negative where there is none.
+template <int kDim, typename QueryAt>
+__device__ __forceinline__ void store_part(const AttentionParams& p, int part,
+                                           const WarpState<kDim>& state, const QueryAt& query_at) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    max[half] = fmaxf(max[half], __shfl_xor_sync(kAllLanes, max[half], 1));
-    max[half] = fmaxf(max[half], __shfl_xor_sync(kAllLanes, max[half], 2));
-    // While nothing is visible the maximum is -inf, and -inf - -inf must not be formed.
-    const float shift = max[half] == -INFINITY ? 0.0f : max[half];
-    const float factor = exp2_approximate(state.max[half] - shift);
-    state.max[half] = max[half];
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& weight = scores[j][2 * half + e];
-        weight = exp2_approximate(weight - shift);
-        sum += weight;
-      }
-    }
-    state.sum[half] = __fmaf_rn(state.sum[half], factor, sum);
+    const float sum = sum_of_columns(state.sum[half]);
+    const int2 query = query_at(lane / 4 + 8 * half);
+    if (query.x < 0) continue;
+    const int64_t at = part_index(p, part, query.x, query.y);
+    if (lane % 4 == 0) p.partial_sums[at] = make_float2(state.max[half], sum);
+    float* partial = p.partial_values + at * kDim + lane % 4 * 2;
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {
-      state.values[d][2 * half] *= factor;
-      state.values[d][2 * half + 1] *= factor;
+      *reinterpret_cast<float2*>(partial + d * 8) =
+          make_float2(state.values[d][2 * half], state.values[d][2 * half + 1]);
     }
   }
+}
+
+template <typename T, int kDim, typename QueryAt>
+__device__ __forceinline__ void store_prompt(const AttentionParams& p, const WarpState<kDim>& state,
+                                             const QueryAt& query_at) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int k = 0; k < kKeys / 16; ++k) {
-    const uint32_t a[4] = {pack_pair<T>(scores[2 * k][0], scores[2 * k][1]),
-                           pack_pair<T>(scores[2 * k][2], scores[2 * k][3]),
-                           pack_pair<T>(scores[2 * k + 1][0], scores[2 * k + 1][1]),
-                           pack_pair<T>(scores[2 * k + 1][2], scores[2 * k + 1][3])};
+  for (int half = 0; half < 2; ++half) {
+    const float scale = 1.0f / sum_of_columns(state.sum[half]);
+    const int2 query = query_at(lane / 4 + 8 * half);
+    if (query.x < 0) continue;
+    T* out = static_cast<T*>(p.out) + query.x * p.out_stride + query.y * p.head_dim;
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
-      uint32_t b[4];
-      ldmatrix_x4_transposed(b, piece_of<T, kDim>(values, k * 16 + lane % 16, d * 2 + lane / 16));
-      const uint32_t first[2] = {b[0], b[1]};
-      const uint32_t second[2] = {b[2], b[3]};
-      mma_16x8x16<T>(state.values[2 * d], a, first);
-      mma_16x8x16<T>(state.values[2 * d + 1], a, second);
+    for (int d = 0; d < kDim / 8; ++d) {
+      const int at = d * 8 + lane % 4 * 2;
+      if (at >= p.head_dim) continue;
+      *reinterpret_cast<uint32_t*>(out + at) =
+          pack_pair<T>(state.values[d][2 * half] * scale, state.values[d][2 * half + 1] * scale);
     }
   }
+}
+
+// Division::kKeys: adds the warps' tiles in ascending order, every warp a part of the columns, and
+// stores the sums.
+template <int kDim, typename QueryAt>
+__device__ __forceinline__ void store_part_of_tiles(const AttentionParams& p, int part, int tiles,
+                                                    const WarpState<kDim>& own, float* shared,
+                                                    const QueryAt& query_at) {
+  constexpr int kColumns = kDim / 8;
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const auto place = [&](int item, int of_warp) -> float& {
+    return shared[(item * kWarps + of_warp) * kWarp + lane];
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    place(half, warp) = own.max[half];
+    place(2 + half, warp) = own.sum[half];
+  }
+#pragma unroll
+  for (int d = 0; d < kColumns; ++d) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) place(4 + 4 * d + e, warp) = own.values[d][e];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float max = -INFINITY;
+    float sum = 0.0f;
+    float kept[kWarps];
+    float added[kWarps];
+#pragma unroll
+    for (int t = 0; t < kWarps; ++t) {
+      if (t < tiles) add_sums(max, sum, place(half, t), place(2 + half, t), kept[t], added[t]);
+    }
+    sum = sum_of_columns(sum);
+    const int2 query = query_at(lane / 4 + 8 * half);
+    if (query.x < 0) continue;
+    const int64_t at = part_index(p, part, query.x, query.y);
+    if (warp == 0 && lane % 4 == 0) p.partial_sums[at] = make_float2(max, sum);
+#pragma unroll 1
+    for (int d = warp; d < kColumns; d += kWarps) {
+      float values[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int t = 0; t < kWarps; ++t) {
+        if (t >= tiles) continue;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          values[e] = add_values(values[e], place(4 + 4 * d + 2 * half + e, t), kept[t], added[t]);
+        }
+      }
+      *reinterpret_cast<float2*>(p.partial_values + at * kDim + d * 8 + lane % 4 * 2) =
+          make_float2(values[0], values[1]);
+    }
+  }
+}
+
+// The rows' own positions. A job is a row with up to 16 query heads of a key/value head, the work
+// of one warp; a block has as many as its shared memory holds positions for.
+template <typename T, int kDim, int kStages>
+__device__ __forceinline__ void attend_own(const AttentionParams& p, int block, T* queries, T* keys,
+                                           T* values, int* slots) {
+  constexpr int kKeys = kTileKeys<kDim>;
+  static_assert(kMaxTail % kKeys == 0);
+  constexpr int kJobs = kOwnJobs<kDim, kStages>;
+  const int kv_head = blockIdx.y;
+  const int warp = threadIdx.x / kWarp;
+  const int first_job = block * kJobs;
+  const int jobs = min(p.n * p.head_blocks - first_job, kJobs);
+  const auto row_of = [&](int job) { return (first_job + job) / p.head_blocks; };
+  const auto head_of = [&](int job, int i) {  // in the group
+    return (first_job + job) % p.head_blocks * 16 + i;
+  };
+#pragma unroll 1
+  for (int i = threadIdx.x; i < jobs * kMaxTail; i += kThreads) {
+    const int row = row_of(i / kMaxTail);
+    const int visible = visible_positions(p, row);
+    const int position = shared_positions(visible) + i % kMaxTail;
+    slots[i] = position < visible ? slot_of(p, row, position) : -1;
+  }
+  __syncthreads();
+  const T* q = static_cast<const T*>(p.q);
+  load_rows<T, kDim>(queries, jobs * 16, p.head_dim, q, [&](int i) -> const T* {
+    const int head = head_of(i / 16, i % 16);
+    if (head >= p.group) return nullptr;
+    return q + row_of(i / 16) * p.q_stride + (kv_head * p.group + head) * p.head_dim;
+  });
+  const auto load = [&](T* shared, const void* cache) {
+    const T* from = static_cast<const T*>(cache) + kv_head * p.head_stride;
+    load_rows<T, kDim>(shared, jobs * kMaxTail, p.head_dim, from, [&](int i) -> const T* {
+      return slots[i] < 0 ? nullptr : from + static_cast<int64_t>(slots[i]) * p.head_dim;
+    });
+  };
+  load(keys, p.keys);
+  load(values, p.values);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  if (warp >= jobs) return;
+  const int row = row_of(warp);
+  const int visible = visible_positions(p, row);
+  const int count = visible - shared_positions(visible);
+  WarpState<kDim> state;
+  state.clear();
+#pragma unroll 1
+  for (int first = 0; first < count; first += kKeys) {
+    const int at = (warp * kMaxTail + first) * kPitch<kDim>;
+    attend_tile<T, kDim>(state, queries + warp * 16 * kPitch<kDim>, keys + at, values + at, first,
+                         {count, count}, p.scale);
+  }
+  store_part<kDim>(p, p.ranges, state, [&](int i) {
+    const int head = head_of(warp, i);
+    return make_int2(head < p.group ? row : -1, kv_head * p.group + head);
+  });
 }
 
 // Blocks that registers have to leave room for on a multiprocessor, which is what shared memory
 // allows at 64 and 128; left to itself, the compiler may spill for one more.
 constexpr int kAttendBlocks = 2;
 
-// grid: (ranges or 1, K, blocks of kBlockQueries queries). Query i of a key/value head is head
-// i % group of row i / group.
-template <typename T, int kDim, bool kPrompt>
+// grid: (ranges times blocks of queries, then blocks of attend_own; K). Query i of a key/value head
+// is head i % group of row i / group.
+template <typename T, int kDim, Division kDivision>
 __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const AttentionParams p) {
+  constexpr bool kPrompt = kDivision == Division::kPrompt;
   constexpr int kKeys = kTileKeys<kDim>;
-  constexpr int kStages = kTileStages<kDim>;
+  constexpr int kStages = kTileStages<kDim, kDivision>;
   SmemCarver carver;
   T* queries = carver.take<T>(kBlockQueries * kPitch<kDim>);
   T* keys = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   T* values = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   dependency_launch();
   dependency_wait();
+  if constexpr (!kPrompt) {
+    const int range_blocks = p.ranges * p.query_blocks;
+    if (static_cast<int>(blockIdx.x) >= range_blocks) {
+      // Fewer jobs than warps leave half of the queries' place.
+      int* slots = kOwnJobs<kDim, kStages> == kWarps
+                       ? carver.take<int>(kOwnSlots)
+                       : reinterpret_cast<int*>(queries + kBlockQueries / 2 * kPitch<kDim>);
+      attend_own<T, kDim, kStages>(p, blockIdx.x - range_blocks, queries, keys, values, slots);
+      return;
+    }
+  }
 
   const int kv_head = blockIdx.y;
   const int query_count = p.n * p.group;
-  const int first_query = blockIdx.z * kBlockQueries;
+  const int range = blockIdx.x / p.query_blocks;
+  const int first_query = blockIdx.x % p.query_blocks * kQueries<kDivision>;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
+  const int warp_query = first_query + (kDivision == Division::kKeys ? 0 : warp * 16);
   // How far each of this lane's two queries sees, and the furthest of the block.
   int limit[2];
   int furthest = 0;
-  const int last_row = (min(first_query + kBlockQueries, query_count) - 1) / p.group;
+  const int last_row = (min(first_query + kQueries<kDivision>, query_count) - 1) / p.group;
+#pragma unroll 1
   for (int row = first_query / p.group + lane; row <= last_row; row += kWarp) {
     const int visible = visible_positions(p, row);
     furthest = max(furthest, kPrompt ? visible : shared_positions(visible));
   }
   furthest = __reduce_max_sync(kAllLanes, furthest);
-  const int range_begin = kPrompt ? 0 : static_cast<int>(blockIdx.x) * kRangeKeys;
+  const int range_begin = kPrompt ? 0 : range * kRangeKeys;
   const int range_end = kPrompt ? furthest : min(furthest, range_begin + kRangeKeys);
   if (range_begin >= range_end) return;  // the whole block
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int query = first_query + warp * 16 + lane / 4 + 8 * half;
+    const int query = warp_query + lane / 4 + 8 * half;
     const int visible = query < query_count ? visible_positions(p, query / p.group) : 0;
     limit[half] = min(kPrompt ? visible : shared_positions(visible), range_end);
   }
-  const bool active = first_query + warp * 16 < query_count;  // the same for the whole warp
 
   const T* q = static_cast<const T*>(p.q);
-  load_rows<T, kDim>(queries, kBlockQueries, p.head_dim, q, [&](int i) -> const T* {
+  load_rows<T, kDim>(queries, kQueries<kDivision>, p.head_dim, q, [&](int i) -> const T* {
     const int query = first_query + i;
     if (query >= query_count) return nullptr;
     return q + query / p.group * p.q_stride + (kv_head * p.group + query % p.group) * p.head_dim;
@@ -168,108 +287,119 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
   const T* cache_values = static_cast<const T*>(p.values) + kv_head * p.head_stride;
   const auto load_tile = [&](int first, int stage) {
     if (first < range_end) {
-      const auto rows_of = [&](const T* cache) {
-        return [=](int i) -> const T* {
-          // Slots behind the end may hold anything, also NaN: zeros stand for them.
-          return first + i < range_end ? cache + static_cast<int64_t>(first + i) * p.head_dim
-                                       : nullptr;
-        };
-      };
-      load_rows<T, kDim>(keys + stage * kKeys * kPitch<kDim>, kKeys, p.head_dim, cache_keys,
-                         rows_of(cache_keys));
-      load_rows<T, kDim>(values + stage * kKeys * kPitch<kDim>, kKeys, p.head_dim, cache_values,
-                         rows_of(cache_values));
+      // Slots behind the end may hold anything, also NaN: zeros stand for them.
+      const int there = range_end - first;
+      const int64_t at = static_cast<int64_t>(first) * p.head_dim;
+      load_neighbours<T, kDim>(keys + stage * kKeys * kPitch<kDim>, kKeys, there, p.head_dim,
+                               cache_keys + at);
+      load_neighbours<T, kDim>(values + stage * kKeys * kPitch<kDim>, kKeys, there, p.head_dim,
+                               cache_values + at);
     }
     copy_async_commit();
   };
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages; ++s) load_tile(range_begin + s * kKeys, s);
+  const auto attend = [&](WarpState<kDim>& tile, int first, int stage) {
+    attend_tile<T, kDim>(tile, queries + (warp_query - first_query) * kPitch<kDim>,
+                         keys + stage * kKeys * kPitch<kDim>, values + stage * kKeys * kPitch<kDim>,
+                         first, limit, p.scale);
+  };
+  const auto query_at = [&](int i) {
+    const int query = warp_query + i;
+    return make_int2(query < query_count ? query / p.group : -1,
+                     kv_head * p.group + query % p.group);
+  };
 
   WarpState<kDim> state;
-#pragma unroll
-  for (int d = 0; d < kDim / 8; ++d) {
-    state.values[d][0] = state.values[d][1] = state.values[d][2] = state.values[d][3] = 0.0f;
-  }
-  state.max[0] = state.max[1] = -INFINITY;
-  state.sum[0] = state.sum[1] = 0.0f;
-  int stage = 0;
-  for (int first = range_begin; first < range_end; first += kKeys) {
-    copy_async_wait<kStages - 1>();
+  state.clear();
+  if constexpr (kDivision == Division::kKeys) {
+    copy_async_wait<0>();
     __syncthreads();
-    if (active) {
-      attend_tile<T, kDim>(state, queries, keys + stage * kKeys * kPitch<kDim>,
-                           values + stage * kKeys * kPitch<kDim>, first, limit, p.scale);
-    }
-    __syncthreads();
-    load_tile(first + kStages * kKeys, stage);
-    stage = stage + 1 == kStages ? 0 : stage + 1;
-  }
-  if (!active) return;
-
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = state.sum[half];
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    const int query = first_query + warp * 16 + lane / 4 + 8 * half;
-    if (query >= query_count) continue;
-    const int row = query / p.group;
-    const int head = kv_head * p.group + query % p.group;
-    if (kPrompt) {
-      T* out = static_cast<T*>(p.out) + row * p.out_stride + head * p.head_dim;
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        const int at = d * 8 + lane % 4 * 2;
-        if (at >= p.head_dim) continue;
-        *reinterpret_cast<uint32_t*>(out + at) =
-            pack_pair<T>(state.values[d][2 * half] / sum, state.values[d][2 * half + 1] / sum);
+    const int first = range_begin + warp * kKeys;
+    if (first < range_end) attend(state, first, warp);
+    __syncthreads();  // keys and values make room for sums
+    static_assert((kDim / 2 + 4) * kThreads * sizeof(float) <=
+                  kStages * kKeys * kPitch<kDim> * sizeof(T));
+    store_part_of_tiles<kDim>(p, range, (range_end - range_begin + kKeys - 1) / kKeys, state,
+                              reinterpret_cast<float*>(keys), query_at);
+  } else {
+    const bool active = warp_query < query_count;  // the same for the whole warp
+    int stage = 0;
+#pragma unroll 1
+    for (int first = range_begin; first < range_end; first += kKeys) {
+      copy_async_wait<kStages - 1>();
+      __syncthreads();
+      if (active) {
+        if constexpr (kPrompt || !kDividesKeys<kDim>) {
+          attend(state, first, stage);
+        } else {
+          WarpState<kDim> tile;
+          tile.clear();
+          attend(tile, first, stage);
+          add_tile(state, tile);
+        }
       }
+      __syncthreads();
+      load_tile(first + kStages * kKeys, stage);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    if (!active) return;
+    if constexpr (kPrompt) {
+      store_prompt<T, kDim>(p, state, query_at);
     } else {
-      const int64_t at = (static_cast<int64_t>(blockIdx.x) * p.n + row) * p.query_heads + head;
-      if (lane % 4 == 0) p.partial_sums[at] = make_float2(state.max[half], sum);
-      float* partial = p.partial_values + at * kDim + lane % 4 * 2;
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) {
-        *reinterpret_cast<float2*>(partial + d * 8) =
-            make_float2(state.values[d][2 * half], state.values[d][2 * half + 1]);
-      }
+      store_part<kDim>(p, range, state, query_at);
     }
   }
+}
+
+template <typename T, int kDim, Division kDivision>
+void launch_attend(AttentionParams p, int64_t kv_heads, cudaStream_t stream) {
+  constexpr size_t kBytes = shared_bytes<T, kDim, kDivision>();
+  static_assert(kDivision == Division::kKeys || kBytes <= size_t{99} << 10);
+  p.query_blocks = static_cast<int>(ceil_div(int64_t{p.n} * p.group, kQueries<kDivision>));
+  unsigned blocks = static_cast<unsigned>(p.query_blocks);
+  if constexpr (kDivision != Division::kPrompt) {
+    constexpr int kJobs = kOwnJobs<kDim, kTileStages<kDim, kDivision>>;
+    blocks =
+        blocks * static_cast<unsigned>(p.ranges) + ceil_div(int64_t{p.n} * p.head_blocks, kJobs);
+  }
+  launch<attend_kernel<T, kDim, kDivision>>(
+      {dim3(blocks, static_cast<unsigned>(kv_heads)), dim3(kThreads), stream, kBytes}, "attention",
+      p);
 }
 
 template <typename T, int kDim>
-void launch_attention(const AttentionParams& p, int64_t kv_heads, int64_t ranges, bool prompt,
-                      cudaStream_t stream) {
-  const unsigned query_blocks = ceil_div(int64_t{p.n} * p.group, kBlockQueries);
-  LaunchConfig config{dim3(1, static_cast<unsigned>(kv_heads), query_blocks), dim3(kThreads),
-                      stream, attend_shared_bytes<T, kDim>()};
-  if (prompt) {
-    launch<attend_kernel<T, kDim, true>>(config, "attention", p);
-    return;
+void launch_attention(const AttentionParams& p, int64_t kv_heads, bool prompt,
+                      const AttentionDevice& device, cudaStream_t stream) {
+  if (prompt) return launch_attend<T, kDim, Division::kPrompt>(p, kv_heads, stream);
+  bool divides_keys = false;
+  if constexpr (kDividesKeys<kDim>) {
+    const int64_t blocks =
+        ceil_div(int64_t{p.n} * p.group, kQueries<Division::kKeys>) * p.ranges * kv_heads;
+    divides_keys = blocks <= 2 * int64_t{device.multiprocessors} &&
+                   shared_bytes<T, kDim, Division::kKeys>() <= device.shared_bytes;
+    if (divides_keys) launch_attend<T, kDim, Division::kKeys>(p, kv_heads, stream);
   }
-  if (ranges > 0) {
-    config.grid.x = static_cast<unsigned>(ranges);
-    launch<attend_kernel<T, kDim, false>>(config, "attention", p);
-  }
-  launch<finish_kernel<T, kDim>>({dim3(static_cast<unsigned>(p.n), static_cast<unsigned>(kv_heads)),
-                                  dim3(kThreads), stream, finish_shared_bytes<T, kDim>()},
-                                 "attention", p);
+  if (!divides_keys) launch_attend<T, kDim, Division::kQueries>(p, kv_heads, stream);
+  launch<merge_kernel<T, kDim>>(
+      {dim3(ceil_div(int64_t{p.n} * p.query_heads, kWarps)), dim3(kThreads), stream}, "attention",
+      p);
 }
 
 template <typename T>
-void launch_dim(const AttentionParams& p, int64_t kv_heads, int64_t ranges, bool prompt,
-                cudaStream_t stream) {
+void launch_dim(const AttentionParams& p, int64_t kv_heads, bool prompt,
+                const AttentionDevice& device, cudaStream_t stream) {
   switch (padded_head_dim(p.head_dim)) {
     case 64:
-      return launch_attention<T, 64>(p, kv_heads, ranges, prompt, stream);
+      return launch_attention<T, 64>(p, kv_heads, prompt, device, stream);
     case 80:
-      return launch_attention<T, 80>(p, kv_heads, ranges, prompt, stream);
+      return launch_attention<T, 80>(p, kv_heads, prompt, device, stream);
     case 96:
-      return launch_attention<T, 96>(p, kv_heads, ranges, prompt, stream);
+      return launch_attention<T, 96>(p, kv_heads, prompt, device, stream);
     case 128:
-      return launch_attention<T, 128>(p, kv_heads, ranges, prompt, stream);
+      return launch_attention<T, 128>(p, kv_heads, prompt, device, stream);
     default:
-      return launch_attention<T, 256>(p, kv_heads, ranges, prompt, stream);
+      return launch_attention<T, 256>(p, kv_heads, prompt, device, stream);
   }
 }
 
@@ -282,13 +412,18 @@ int64_t padded_head_dim(int64_t head_dim) {
   return 256;
 }
 
-int64_t attention_ranges(int64_t max_length) {
-  // The last positions are finish_kernel's.
+namespace {
+// Ranges of a row of that many visible positions; the last positions are its own.
+int64_t range_count(int64_t max_length) {
   return max_length < kMaxInFlight ? 0 : (max_length - kMaxInFlight + kRangeKeys) / kRangeKeys;
 }
+}  // namespace
+
+int64_t attention_parts(int64_t max_length) { return range_count(max_length) + 1; }
 
 void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
-               bool prompt, const AttentionScratch& scratch, cudaStream_t stream) {
+               bool prompt, const AttentionScratch& scratch, const AttentionDevice& device,
+               cudaStream_t stream) {
   const int64_t head_dim = kv.head_dim;
   const int64_t query_heads = q.cols / head_dim;
   FRSPEC_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256 && kv.heads > 0 &&
@@ -299,9 +434,9 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
                dtype_name(kv.dtype));
   check_rows("attention", q);
   if (q.rows == 0) return;
-  const int64_t ranges = prompt ? 0 : attention_ranges(visible.max_length);
-  FRSPEC_CHECK(static_cast<size_t>(ranges * q.rows * query_heads) <= scratch.rows, Error,
-               "attention: ", ranges, " ranges of ", q.rows, " rows exceed the planned workspace");
+  const int64_t parts = prompt ? 0 : attention_parts(visible.max_length);
+  FRSPEC_CHECK(static_cast<size_t>(parts * q.rows * query_heads) <= scratch.rows, Error,
+               "attention: ", parts, " parts of ", q.rows, " rows exceed the planned workspace");
   AttentionParams p{};
   p.q = q.data;
   p.q_stride = q.stride;
@@ -317,12 +452,14 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
   p.n = static_cast<int>(q.rows);
   p.query_heads = static_cast<int>(query_heads);
   p.group = static_cast<int>(query_heads / kv.heads);
+  p.head_blocks = static_cast<int>(ceil_div(p.group, 16));
+  p.ranges = static_cast<int>(range_count(visible.max_length));
   p.head_dim = static_cast<int>(head_dim);
   p.scale = kLog2E / std::sqrt(static_cast<float>(head_dim));
   p.partial_values = scratch.partial_values;
   p.partial_sums = scratch.partial_sums;
   with_element(q.dtype, "attention", [&](auto element) {
-    launch_dim<decltype(element)>(p, kv.heads, ranges, prompt, stream);
+    launch_dim<decltype(element)>(p, kv.heads, prompt, device, stream);
   });
 }
 

@@ -20,6 +20,22 @@ __device__ __forceinline__ int entry_index(uint64_t entry) {
   return static_cast<int>(~static_cast<uint32_t>(entry));
 }
 
+// Calls emit(place, entry) for the k largest of `count` entries in shared memory, or all that are
+// not 0: an entry's place is the number of larger ones.
+template <int kThreads, typename Emit>
+__device__ __forceinline__ void place_largest(const uint64_t* entries, int count, int k,
+                                              const Emit& emit) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const uint64_t entry = entries[i];
+    if (entry == 0) continue;
+    int place = 0;
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) place += entries[j] > entry ? 1 : 0;
+    if (place < k) emit(place, entry);
+  }
+}
+
 template <int kThreads>
 struct SelectScratch {
   unsigned histogram[kDigits];

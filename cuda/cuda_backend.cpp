@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "launch.h"
 
@@ -87,22 +88,19 @@ void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
   limits_ = limits;
   const char* name = "cuda workspace";
   const int64_t skinny_rows = std::max(limits.round_rows, kSkinnyRows);
-  const LinearScratchSize linear =
-      most_linear_scratch(skinny_rows, properties_.multiProcessorCount);
-  linear_scratch_ = {arena.take_array<float>(name, linear.partial_floats), linear.partial_floats,
-                     arena.take_array<unsigned>(name, linear.tickets), linear.tickets};
+  const size_t sums = most_linear_scratch(skinny_rows, properties_.multiProcessorCount);
+  linear_scratch_ = {arena.take_array<float>(name, sums), sums};
 
-  const int64_t ranges = attention_ranges(length_bound(limits.visible));
-  const auto rows = static_cast<size_t>(ranges * limits.round_rows * limits.query_heads);
+  const int64_t parts = attention_parts(length_bound(limits.visible));
+  const auto rows = static_cast<size_t>(parts * limits.round_rows * limits.query_heads);
   const auto row_floats = static_cast<size_t>(padded_head_dim(limits.head_dim));
   attention_scratch_ = {arena.take_array<float>(name, rows * row_floats),
                         arena.take_array<float2>(name, rows), rows};
 
   const int64_t chunks = topk_chunks(limits.vocab) * limits.beam_rows;
-  const auto sums = static_cast<size_t>(chunks);
   const auto entries = static_cast<size_t>(chunks * limits.beam_rows);
-  topk_scratch_ = {arena.take_array<float2>(name, sums), sums,
-                   arena.take_array<uint64_t>(name, entries), entries};
+  topk_scratch_ = {arena.take_array<float2>(name, static_cast<size_t>(chunks)),
+                   static_cast<size_t>(chunks), arena.take_array<uint64_t>(name, entries), entries};
   const auto best = static_cast<size_t>(limits.choice_rows * 2 * choice_chunks(limits.vocab));
   choice_scratch_ = {arena.take_array<uint64_t>(name, best), best};
 
@@ -110,6 +108,7 @@ void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
       static_cast<size_t>(round_up(limits.rows, kPromptRowMultiple) * limits.ffn_features) * 2;
   gate_scratch_ = arena.take(name, gate_scratch_bytes_);
   cublas_workspace_ = arena.take("cuBLAS workspace", kCublasWorkspaceBytes);
+  arena.plan_beside("cuBLAS itself, about", kLibraryBytes);
   if (arena.planning()) return;
   cublas_.reset();
   cublas_ = std::make_unique<CublasHandle>(stream_, cublas_workspace_);
@@ -132,7 +131,7 @@ void CudaBackend::upload(void* destination, const void* host_source, size_t byte
 
 void CudaBackend::download(void* host_destination, const void* source, size_t bytes) {
   choose_device();
-  check(cudaMemcpyAsync(host_destination, source, bytes, cudaMemcpyDeviceToHost, stream_),
+  check(cudaMemcpyAsync(host_destination, source, bytes, cudaMemcpyDeviceToHost, settled()),
         "downloading");
   synchronize();
 }
@@ -146,19 +145,24 @@ void CudaBackend::end_load() {
 
 void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
   choose_device();
+  pending_.reset();  // of work that failed
   const GraphKey graph_key{key.kind, key.rows, key.length_bound, key.profiled};
   auto found = graphs_.find(graph_key);
   // The first time nothing is recorded: kernels are loaded by their first launch, which must not be
   // in a recording.
-  if (found == graphs_.end()) {
+  const auto settled_body = [&] {
     body();
+    settled();
+  };
+  if (found == graphs_.end()) {
+    settled_body();
     graphs_[graph_key] = nullptr;
     return;
   }
   if (found->second == nullptr) {
     recording_ = true;
     try {
-      found->second = std::make_unique<Graph>(stream_, body);
+      found->second = std::make_unique<Graph>(stream_, settled_body);
     } catch (...) {
       recording_ = false;
       throw;
@@ -171,7 +175,7 @@ void CudaBackend::run(const WorkKey& key, const std::function<void()>& body) {
 void CudaBackend::post(const void* source, size_t bytes) {
   FRSPEC_CHECK(bytes <= kMailboxBytes, Error, "post: ", bytes, " bytes, at most ", kMailboxBytes,
                " are possible");
-  check(cudaMemcpyAsync(mailbox_.data(), source, bytes, cudaMemcpyDeviceToHost, stream_),
+  check(cudaMemcpyAsync(mailbox_.data(), source, bytes, cudaMemcpyDeviceToHost, settled()),
         "posting results");
 }
 
@@ -263,11 +267,11 @@ void CudaBackend::gather_linear(const LinearWeight& destination, const LinearWei
                                 const int32_t* host_rows) {
   const auto count = static_cast<size_t>(destination.out_features);
   FRSPEC_CHECK(destination.dtype == source.dtype && destination.in_features == source.in_features &&
-                   count <= linear_scratch_.partial_floats,
+                   count <= linear_scratch_.floats,
                Error, "gather_linear: ", destination.out_features, " rows of ",
                destination.in_features, " do not come from ", source.in_features);
   // The row numbers wait in scratch memory, which no product uses while loading.
-  auto* rows = reinterpret_cast<int32_t*>(linear_scratch_.partial);
+  auto* rows = reinterpret_cast<int32_t*>(linear_scratch_.sums);
   upload(rows, host_rows, count * sizeof(int32_t));
   const Tensor out{destination.data, destination.dtype, destination.out_features,
                    destination.in_features, destination.in_features};
@@ -276,20 +280,37 @@ void CudaBackend::gather_linear(const LinearWeight& destination, const LinearWei
 
 // ==== Forward pass
 
+cudaStream_t CudaBackend::settled() {
+  if (pending_) {
+    const PendingProduct product = *std::exchange(pending_, std::nullopt);
+    add_parts(product.out, product.parts, stream_);
+  }
+  return stream_;
+}
+
+std::optional<LinearParts> CudaBackend::take_pending(const Tensor& out) {
+  if (!pending_ || pending_->out.data != out.data || pending_->out.rows != out.rows ||
+      pending_->out.cols != out.cols || pending_->out.stride != out.stride) {
+    return std::nullopt;
+  }
+  return std::exchange(pending_, std::nullopt)->parts;
+}
+
 void CudaBackend::embed(const Tensor& out, const LinearWeight& table, const int32_t* tokens) {
   FRSPEC_CHECK(out.cols == table.in_features && out.dtype == table.dtype, Error, "embed: out has ",
                out.cols, " columns, the table ", table.in_features);
-  copy_rows(out, table.data, table.in_features, table.out_features, tokens, stream_);
+  copy_rows(out, table.data, table.in_features, table.out_features, tokens, settled());
 }
 
 void CudaBackend::gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) {
   FRSPEC_CHECK(out.cols == src.cols && out.dtype == src.dtype, Error, "gather_rows: out has ",
                out.cols, " columns, the source ", src.cols);
-  copy_rows(out, src.data, src.stride, src.rows, rows, stream_);
+  copy_rows(out, src.data, src.stride, src.rows, rows, settled());
 }
 
 void CudaBackend::rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps) {
-  cuda::rms_norm(out, x, weight, eps, stream_);
+  const std::optional<LinearParts> parts = take_pending(x);
+  cuda::rms_norm(out, x, weight, eps, parts ? &*parts : nullptr, settled());
 }
 
 void CudaBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& w, Rows rows,
@@ -297,7 +318,11 @@ void CudaBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight&
   if (rows != Rows::kTarget && x.rows > kSkinnyRows) return multiply_prompt(out, x, w, residual);
   const LinearSplit split =
       split_linear(w.out_features, w.in_features, false, properties_.multiProcessorCount);
-  cuda::linear(out, x, w, nullptr, residual, split, linear_scratch_, stream_);
+  if (split.parts == 1 || out.dtype != w.dtype || x.rows == 0) {
+    return cuda::linear(out, x, w, nullptr, residual, split, linear_scratch_, settled());
+  }
+  const LinearParts parts = linear_parts(out, x, w, residual, split, linear_scratch_, settled());
+  pending_ = {out, parts};
 }
 
 void CudaBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
@@ -313,23 +338,24 @@ void CudaBackend::linear_swiglu(const Tensor& out, const Tensor& x, const Linear
                  "] exceeds the planned workspace");
     multiply_prompt(gates, x, gate, nullptr);
     multiply_prompt(out, x, up, nullptr);
-    return multiply_silu(out, gates, stream_);
+    return multiply_silu(out, gates, settled());
   }
   const LinearSplit split =
       split_linear(gate.out_features, gate.in_features, true, properties_.multiProcessorCount);
-  cuda::linear(out, x, gate, &up, nullptr, split, linear_scratch_, stream_);
+  cuda::linear(out, x, gate, &up, nullptr, split, linear_scratch_, settled());
 }
 
-void CudaBackend::add_silu(const Tensor& x, const Tensor& y) { cuda::add_silu(x, y, stream_); }
+void CudaBackend::add_silu(const Tensor& x, const Tensor& y) { cuda::add_silu(x, y, settled()); }
 
 void CudaBackend::multiply_prompt(const Tensor& out, const Tensor& x, const LinearWeight& w,
                                   const Tensor* residual) {
   FRSPEC_CHECK(out.dtype == w.dtype && x.dtype == w.dtype, Error, "linear: prompt rows must be ",
                dtype_name(w.dtype));
+  settled();
   // cuBLAS adds to what is there: the residual, if it is not the output itself, and the bias.
   const bool in_place = residual != nullptr && residual->data == out.data;
   const bool fills = w.bias != nullptr || (residual != nullptr && !in_place);
-  if (fills) fill_rows(out, w.bias, residual, stream_);
+  if (fills) fill_rows(out, w.bias, residual, settled());
   // cuBLAS chooses how to sum by the number of rows: few different numbers occur.
   const auto padded = [](const Tensor& rows) {
     Tensor whole = rows;
@@ -341,7 +367,8 @@ void CudaBackend::multiply_prompt(const Tensor& out, const Tensor& x, const Line
 
 void CudaBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                                   const int32_t* positions, const int32_t* slots) {
-  cuda::rope_and_append(qkv, kv, rope, positions, slots, stream_);
+  const std::optional<LinearParts> parts = take_pending(qkv);
+  cuda::rope_and_append(qkv, kv, rope, positions, slots, parts ? &*parts : nullptr, settled());
 }
 
 void CudaBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv,
@@ -349,49 +376,50 @@ void CudaBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& k
   // Few rows are faster by ranges, but a prompt's bits must not depend on what a round's size is.
   const bool prompt =
       rows == Rows::kPrompt || (rows == Rows::kDraft && q.rows > limits_.round_rows);
-  cuda::attention(out, q, kv, visible, prompt, attention_scratch_, stream_);
+  cuda::attention(out, q, kv, visible, prompt, attention_scratch_,
+                  {properties_.multiProcessorCount, properties_.sharedMemPerBlockOptin}, settled());
 }
 
 // ==== Drafting, choosing, the tree
 
 void CudaBackend::topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
                                 const int32_t* column_tokens, int64_t k) {
-  cuda::topk_logprobs(logprobs, tokens, logits, column_tokens, k, topk_scratch_, stream_);
+  cuda::topk_logprobs(logprobs, tokens, logits, column_tokens, k, topk_scratch_, settled());
 }
 
 void CudaBackend::choose_tokens(int32_t* tokens, const Tensor& logits, const Sampling* sampling,
                                 const int32_t* positions) {
-  cuda::choose_tokens(tokens, logits, sampling, positions, choice_scratch_, stream_);
+  cuda::choose_tokens(tokens, logits, sampling, positions, choice_scratch_, settled());
 }
 
 void CudaBackend::number_rows(int32_t* positions, int32_t* prefix, const int32_t* end, int64_t n) {
-  cuda::number_rows(positions, prefix, end, n, stream_);
+  cuda::number_rows(positions, prefix, end, n, settled());
 }
 
 void CudaBackend::expand_beam(const DraftPool& pool, const DraftLevel& level) {
-  cuda::expand_beam(pool, level, stream_);
+  cuda::expand_beam(pool, level, settled());
 }
 
 void CudaBackend::build_tree(const DraftTree& tree, const DraftPool& pool, const TreeRoot& root) {
-  cuda::build_tree(tree, pool, root, stream_);
+  cuda::build_tree(tree, pool, root, settled());
 }
 
 void CudaBackend::build_static_tree(const DraftTree& tree, const StaticTree& shape,
                                     const int32_t* tokens, const TreeRoot& root) {
-  cuda::build_static_tree(tree, shape, tokens, root, stream_);
+  cuda::build_static_tree(tree, shape, tokens, root, settled());
 }
 
 void CudaBackend::walk_tree(const TreeWalk& walk, const DraftTree& tree, const int32_t* chosen) {
-  cuda::walk_tree(walk, tree, chosen, stream_);
+  cuda::walk_tree(walk, tree, chosen, settled());
 }
 
 void CudaBackend::plant_tree(const DraftTree& tree, const Plant* plant) {
-  cuda::plant_tree(tree, plant, stream_);
+  cuda::plant_tree(tree, plant, settled());
 }
 
 void CudaBackend::commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base,
                             const int32_t* path, const int32_t* path_length) {
-  cuda::commit_kv(layers, layer_count, base, path, path_length, stream_);
+  cuda::commit_kv(layers, layer_count, base, path, path_length, settled());
 }
 
 }  // namespace frspec::cuda

@@ -12,34 +12,33 @@ namespace {
 
 constexpr int kThreads = 256;
 
+constexpr int kMostRanked = 1024;  // candidates whose places are found by comparing all
+
 // Adds the candidates of a level to the pool; the topk best of them become the beam, best first.
 __global__ void __launch_bounds__(kThreads, 1)
     expand_beam_kernel(const DraftPool pool, const DraftLevel level) {
   SHARED(SelectScratch<kThreads>, select);
-  SHARED(int32_t, kept, [kMaxTreeTopK]);
-  SHARED(uint32_t, kept_keys, [kMaxTreeTopK]);
+  SHARED(uint64_t, entries, [kMaxTreeTopK * kMaxTreeTopK]);
+  SHARED(uint64_t, kept, [kMaxTreeTopK]);
   dependency_launch();
   dependency_wait();
   const int count = level.rows * level.topk;
   const int32_t first = first_candidate(level);
-  for (int i = threadIdx.x; i < count; i += kThreads) add_candidate(pool, level, i);
-  __syncthreads();
-  block_select_largest<kThreads>(
-      select, count, level.topk, [&](int i) { return order_key(pool.scores[first + i]); },
-      [&](int place, int i) {
-        kept[place] = first + i;
-        kept_keys[place] = order_key(pool.scores[first + i]);
-      });
-  // A candidate's place in the beam is the number of those kept before it.
-  if (static_cast<int>(threadIdx.x) < level.topk) {
-    const int32_t own = kept[threadIdx.x];
-    const uint32_t key = kept_keys[threadIdx.x];
-    int place = 0;
-    for (int j = 0; j < level.topk; ++j) {
-      place += kept_keys[j] > key || (kept_keys[j] == key && kept[j] < own) ? 1 : 0;
-    }
-    pool.beam[place] = own;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    add_candidate(pool, level, i);
+    entries[i] = entry_of(pool.scores[first + i], i);
   }
+  __syncthreads();
+  const bool few = count <= kMostRanked;
+  if (!few) {
+    block_select_largest<kThreads>(
+        select, count, level.topk, [&](int i) { return static_cast<uint32_t>(entries[i] >> 32); },
+        [&](int place, int i) { kept[place] = entries[i]; });
+  }
+  place_largest<kThreads>(
+      few ? entries : kept, few ? count : level.topk, level.topk,
+      [&](int place, uint64_t entry) { pool.beam[place] = first + entry_index(entry); });
   __syncthreads();
   for (int j = threadIdx.x; j < level.topk; j += kThreads) write_beam_row(pool, level, j);
 }

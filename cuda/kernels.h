@@ -34,11 +34,6 @@ void multiply_silu(const Tensor& up, const Tensor& gate, cudaStream_t stream);
 // x += silu(y), elementwise.
 void add_silu(const Tensor& x, const Tensor& y, cudaStream_t stream);
 
-// ==== rms_norm.cu
-
-void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps,
-              cudaStream_t stream);
-
 // ==== linear.cu
 
 // How the sum over k of one weight matrix is cut, by its shape and the device alone: each part is
@@ -51,21 +46,14 @@ LinearSplit split_in_parts(int64_t in_features, int64_t parts);
 LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
                          int multiprocessors);
 
-// Scratch of `linear`: fp32 partial sums and one counter for each tile of outputs.
+// Scratch of a product of several parts: their fp32 sums.
 struct LinearScratch {
-  float* partial;
-  size_t partial_floats;
-  unsigned* tickets;  // zero between calls
-  size_t ticket_count;
+  float* sums;
+  size_t floats;
 };
-struct LinearScratchSize {
-  size_t partial_floats;
-  size_t tickets;
-};
-LinearScratchSize linear_scratch(int64_t n, int64_t out_features, bool swiglu,
-                                 const LinearSplit& split);
+size_t linear_scratch(int64_t n, int64_t out_features, bool swiglu, const LinearSplit& split);
 // Enough for n rows of any matrix.
-LinearScratchSize most_linear_scratch(int64_t n, int multiprocessors);
+size_t most_linear_scratch(int64_t n, int multiprocessors);
 
 // out [n, o] (dtype or fp32) = x [n, i] . w [o, i]^T (+ bias) (+ residual): skinny tensor-core
 // product that reads every weight once. up not null: out = silu(x . w^T) * (x . up^T).
@@ -73,25 +61,57 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
             const Tensor* residual, const LinearSplit& split, const LinearScratch& scratch,
             cudaStream_t stream);
 
+// A product of several parts that are not added yet: out = parts (+ bias) (+ residual).
+struct LinearParts {
+  const float* sums;     // [parts, n, row_stride] fp32, in scratch
+  int64_t part_stride;   // floats
+  int64_t row_stride;    // floats, a multiple of 4
+  int parts;             // 2 ... kMaxParts
+  const float* bias;     // [o] or null
+  const void* residual;  // [n, o] of the product's dtype, or null
+  int64_t residual_stride;
+};
+// The first half of linear(), where split.parts > 1: what comes next adds the parts while it reads
+// them, or add_parts() does.
+LinearParts linear_parts(const Tensor& out, const Tensor& x, const LinearWeight& w,
+                         const Tensor* residual, const LinearSplit& split,
+                         const LinearScratch& scratch, cudaStream_t stream);
+void add_parts(const Tensor& out, const LinearParts& parts, cudaStream_t stream);
+
+// ==== rms_norm.cu
+
+// parts not null: x is made of them first.
+void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps,
+              const LinearParts* parts, cudaStream_t stream);
+
 // ==== rope_and_append.cu
 
+// parts not null: qkv is made of them; of its keys and values only the cache is written.
 void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
-                     const int32_t* positions, const int32_t* slots, cudaStream_t stream);
+                     const int32_t* positions, const int32_t* slots, const LinearParts* parts,
+                     cudaStream_t stream);
 
 // ==== attention.cu
 
+// A row's softmax is cut into parts: ranges of its committed positions, and its last positions.
 struct AttentionScratch {
-  float* partial_values;  // [ranges, n H, padded D]
-  float2* partial_sums;   // [ranges, n H]: maximum, sum
-  size_t rows;            // n H that there is room for, times ranges
+  float* partial_values;  // [parts, n H, padded D]
+  float2* partial_sums;   // [parts, n H]: maximum, sum
+  size_t rows;            // n H that there is room for, times parts
 };
-// Ranges that a row of that many visible positions is cut into, and floats of a range's sums.
-int64_t attention_ranges(int64_t max_length);
+// Parts of a row of that many visible positions, and floats of a part's sums.
+int64_t attention_parts(int64_t max_length);
 int64_t padded_head_dim(int64_t head_dim);
 
-// prompt: rows of a chunk, without ancestors; else decoding, drafting or a tree.
+// What decides how a range is shared among warps; the bits do not depend on it.
+struct AttentionDevice {
+  int multiprocessors;
+  size_t shared_bytes;  // that a block may have
+};
+
 void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visible& visible,
-               bool prompt, const AttentionScratch& scratch, cudaStream_t stream);
+               bool prompt, const AttentionScratch& scratch, const AttentionDevice& device,
+               cudaStream_t stream);
 
 // ==== topk_logprobs.cu
 

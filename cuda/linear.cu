@@ -8,15 +8,17 @@
 // same type or fp32.
 //
 // Weights are the A operand of the tensor cores (16 outputs), tokens the B operand (8 tokens). A
-// block makes kTileOutputs outputs for up to 64 tokens from one part of k; each of its 4 warps owns
-// 32 of the outputs and sums its whole part of k in ascending order in one chain of mma. A stage of
-// the pipeline is 64 values of k of the weights and of x, copied asynchronously into shared memory;
-// kStages - 1 of them are under way at any time, which is what keeps the memory busy. The first
-// weights are asked for before the kernel in front has ended.
+// block makes kTileOutputs outputs for up to 64 tokens from one part of k; each of its warps owns
+// 32 rows of weights and all tokens (4 warps), or half of them where there are more than 16 (8
+// warps), and sums its whole part of k in ascending order in one chain of mma. A stage of the
+// pipeline is 64 values of k of the weights and of x, copied asynchronously into shared memory; all
+// stages but one are under way at any time, which is what keeps the memory busy. The first weights
+// are asked for before the kernel in front has ended.
 //
-// The parts of k write fp32 sums to scratch memory, and the block that finishes last adds them in
-// ascending order. Where the parts begin depends on the matrix and the device alone, so a row has
-// the same bits whatever rows share the product, and whichever block comes last (contract 1).
+// The parts of k leave fp32 sums in scratch memory, and the kernel behind the product adds them in
+// ascending order: the norm or RoPE that reads the outputs, or add_parts_kernel. Where the parts
+// begin depends on the matrix and the device alone, so a row has the same bits whatever rows share
+// the product (contract 1).
 #include <algorithm>
 #include <type_traits>
 
@@ -36,39 +38,48 @@ __device__ __forceinline__ T* stage_piece(T* stage, int row, int piece) {
   return stage + row * kDepth + ((piece ^ (row & 7)) << 3);
 }
 
-// What one thread copies of each stage of the weights: the same piece of rows row + kPassRows * j
-// of the tile. Of a swiglu tile every warp has 16 gate rows and the 16 up rows of the same outputs.
-template <typename T, bool kSwiglu>
+// Rows of a stage that all threads of a block copy at once, a piece each.
+template <int kThreads>
+constexpr int kPassRows = kThreads / kPieces;
+
+// What one thread copies of each stage of the weights: the same piece of tile rows row +
+// kPassRows * j. Of a swiglu tile every 32 rows are 16 gate rows and the 16 up rows of the same
+// outputs: passes of 16 rows alternate between the matrices, and of a pass of 32 a thread copies
+// the row of one matrix.
+template <typename T, bool kSwiglu, int kThreads>
 struct WeightCursor {
-  static constexpr int kPasses = kTileRows / kPassRows;
-  static_assert(kPassRows == 16, "rows of one pass are of one matrix, and swizzled alike");
+  static constexpr int kRows = kPassRows<kThreads>;
+  static constexpr int kPasses = kTileRows / kRows;
+  static constexpr bool kAlternates = kSwiglu && kRows == 16;
+  static constexpr int kMatrixRows = kSwiglu ? 16 : kRows;  // of a pass, of one matrix
+  static_assert(kRows == 16 || kRows == 32, "the rows of a thread are of one matrix in each pass");
   const T* from;  // the thread's first row, at its piece of k = 0
-  const T* up;    // swiglu: the same of the other matrix
+  const T* up;    // passes alternate: the same of the other matrix
   int64_t step;   // to the row of the next pass
   int row;
   int piece;
   unsigned inside;  // bit j: row + kPassRows * j is a row of the matrix
 
   __device__ __forceinline__ WeightCursor(const LinearParams& p, int tile)
-      : step(int64_t{kPassRows} * p.in_features),
+      : step(int64_t{kMatrixRows} * p.in_features),
         row(threadIdx.x / kPieces),
         piece(threadIdx.x % kPieces),
         inside(0) {
-    const int first = tile * kTileOutputs<kSwiglu> + row;
+    const int first = tile * kTileOutputs<kSwiglu> + row % kMatrixRows;
     const int64_t at = static_cast<int64_t>(first) * p.in_features + piece * 8;
-    from = static_cast<const T*>(p.w) + at;
-    up = kSwiglu ? static_cast<const T*>(p.up) + at : nullptr;
+    from = static_cast<const T*>(kSwiglu && row >= kMatrixRows ? p.up : p.w) + at;
+    up = kAlternates ? static_cast<const T*>(p.up) + at : nullptr;
 #pragma unroll
     for (int j = 0; j < kPasses; ++j) {
-      if (first + matrix_pass(j) * kPassRows < p.out_features) inside |= 1u << j;
+      if (first + matrix_pass(j) * kMatrixRows < p.out_features) inside |= 1u << j;
     }
   }
 
   // Pass j of the tile is this pass of its matrix.
-  static __device__ __forceinline__ int matrix_pass(int j) { return kSwiglu ? j / 2 : j; }
+  static __device__ __forceinline__ int matrix_pass(int j) { return kAlternates ? j / 2 : j; }
 
   __device__ __forceinline__ const T* address(int j, int k) const {
-    return (kSwiglu && j % 2 == 1 ? up : from) + matrix_pass(j) * step + k;
+    return (kAlternates && j % 2 == 1 ? up : from) + matrix_pass(j) * step + k;
   }
 
   __device__ __forceinline__ void load(T* stage, const LinearParams& p, int k, int k_end) const {
@@ -77,62 +88,53 @@ struct WeightCursor {
 #pragma unroll
     for (int j = 0; j < kPasses; ++j) {
       const bool copies = inside_k && (inside >> j & 1) != 0;
-      copy_async_16(to + j * kPassRows * kDepth, copies ? address(j, k) : p.w, copies ? 16 : 0);
-    }
-  }
-
-  // Asks for a stage that is not loaded yet: the 8 threads of a row, whose stage is one line of 128
-  // bytes, take a pass each.
-  __device__ __forceinline__ void prefetch(int k, int k_end) const {
-    static_assert(kPasses == kPieces);
-#pragma unroll
-    for (int j = 0; j < kPasses; ++j) {
-      if (j == piece && (inside >> j & 1) != 0 && k < k_end) prefetch_l2(address(j, k) - piece * 8);
+      copy_async_16(to + j * kRows * kDepth, copies ? address(j, k) : p.w, copies ? 16 : 0);
     }
   }
 };
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, int kThreads>
 __device__ __forceinline__ void load_tokens(T* stage, const LinearParams& p, int first_token, int k,
                                             int k_end) {
+  constexpr int kRows = kPassRows<kThreads>;
   const int row = threadIdx.x / kPieces;
   const int piece = threadIdx.x % kPieces;
-  if (kTokens < kPassRows && row >= kTokens) return;
+  if (kTokens < kRows && row >= kTokens) return;
   const T* from = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride + k + piece * 8;
   T* to = stage_piece(stage, row, piece);
   const bool inside_k = k + piece * 8 < k_end;
 #pragma unroll
-  for (int j = 0; j < (kTokens + kPassRows - 1) / kPassRows; ++j) {
-    const bool copies = inside_k && first_token + row + j * kPassRows < p.n;
-    copy_async_16(to + j * kPassRows * kDepth, copies ? from + j * kPassRows * p.x_stride : p.x,
+  for (int j = 0; j < (kTokens + kRows - 1) / kRows; ++j) {
+    const bool copies = inside_k && first_token + row + j * kRows < p.n;
+    copy_async_16(to + j * kRows * kDepth, copies ? from + j * kRows * p.x_stride : p.x,
                   copies ? 16 : 0);
   }
 }
 
-// One stage: kDepth / 16 steps of mma for this warp's 32 rows and all tokens.
-template <typename T, int kTokenTiles>
-__device__ __forceinline__ void multiply_stage(float (&sums)[2][kTokenTiles][4], T* weights,
-                                               T* tokens) {
-  const int warp = threadIdx.x / kWarp;
+// One stage: kDepth / 16 steps of mma for 32 rows of weights, from first_row on, and kTiles tiles
+// of tokens.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_stage(float (&sums)[2][kTiles][4], T* weights,
+                                               int first_row, T* tokens, int first_token) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int step = 0; step < kDepth / 16; ++step) {
     uint32_t a[2][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      ldmatrix_x4(a[r], stage_piece(weights, warp * 32 + r * 16 + lane % 16, step * 2 + lane / 16));
+      ldmatrix_x4(a[r], stage_piece(weights, first_row + r * 16 + lane % 16, step * 2 + lane / 16));
     }
-    if constexpr (kTokenTiles == 1) {
+    if constexpr (kTiles == 1) {
       uint32_t b[2];
-      ldmatrix_x2(b, stage_piece(tokens, lane % 8, step * 2 + lane / 8 % 2));
+      ldmatrix_x2(b, stage_piece(tokens, first_token + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
       for (int r = 0; r < 2; ++r) mma_16x8x16<T>(sums[r][0], a[r], b);
     } else {
 #pragma unroll
-      for (int j = 0; j < kTokenTiles; j += 2) {
+      for (int j = 0; j < kTiles; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b,
-                    stage_piece(tokens, j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+        ldmatrix_x4(b, stage_piece(tokens, first_token + j * 8 + lane % 8 + lane / 16 * 8,
+                                   step * 2 + lane / 8 % 2));
         const uint32_t first[2] = {b[0], b[1]};
         const uint32_t second[2] = {b[2], b[3]};
 #pragma unroll
@@ -145,13 +147,15 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[2][kTokenTiles][4],
   }
 }
 
-template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
-__global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const LinearParams p) {
-  constexpr int kTokens = kTokenTiles * 8;
+template <typename T, typename Out, int kTokenTiles, bool kSwiglu, int kStages>
+__global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTiles>::kBlocks)
+    linear_kernel(const LinearParams p) {
+  constexpr int kTokens = Tiling<kTokenTiles>::kTokens;
+  constexpr int kThreads = Tiling<kTokenTiles>::kThreads;
+  constexpr int kWarpTiles = Tiling<kTokenTiles>::kWarpTiles;
   SmemCarver carver;
   T* weights = carver.take<T>(kStages * kTileRows * kDepth);
   T* tokens = carver.take<T>(kStages * kTokens * kDepth);
-  SHARED(unsigned, ticket);
   // Groups of tokens that share weights are neighbours, so that the second reads them out of L2.
   const int tile = blockIdx.x / p.groups;
   const int group = blockIdx.x % p.groups;
@@ -161,50 +165,56 @@ __global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const LinearP
   const int k_begin = part * p.part_depth;
   const int k_end = min(k_begin + p.part_depth, p.in_features);
   const int stages = (k_end - k_begin + kDepth - 1) / kDepth;
-  const WeightCursor<T, kSwiglu> cursor(p, tile);
+  const WeightCursor<T, kSwiglu, kThreads> cursor(p, tile);
 
-  dependency_launch();
-  // Weights depend on no kernel: they are asked for at once.
-#pragma unroll
+  // Weights depend on no kernel: they are asked for at once. Loops that a block runs through once
+  // are not unrolled: their instructions have to come out of memory, too.
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < stages) cursor.load(weights + s * kTileRows * kDepth, p, k_begin + s * kDepth, k_end);
   }
-#pragma unroll
-  for (int s = kStages - 1; s < kStages - 1 + kPrefetchStages; ++s) {
-    cursor.prefetch(k_begin + s * kDepth, k_end);
-  }
   dependency_wait();
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < stages) {
-      load_tokens<T, kTokens>(tokens + s * kTokens * kDepth, p, first_token, k_begin + s * kDepth,
-                              k_end);
+      load_tokens<T, kTokens, kThreads>(tokens + s * kTokens * kDepth, p, first_token,
+                                        k_begin + s * kDepth, k_end);
     }
     copy_async_commit();
   }
 
-  float sums[2][kTokenTiles][4];
+  // Warps that share rows of weights take kWarpTiles tiles of tokens each.
+  const int warp = threadIdx.x / kWarp;
+  const int warp_row = warp % kRowWarps * 32;
+  const int warp_token = warp / kRowWarps * kWarpTiles * 8;
+  float sums[2][kWarpTiles][4];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
+    for (int j = 0; j < kWarpTiles; ++j) {
       sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
     }
   }
+  int at = 0;                 // the stage's place
+  int free_at = kStages - 1;  // and that of the one before it
+#pragma unroll 1
   for (int s = 0; s < stages; ++s) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are done with the one that is refilled
     const int next = s + kStages - 1;
     if (next < stages) {
-      const int at = next % kStages;
-      cursor.load(weights + at * kTileRows * kDepth, p, k_begin + next * kDepth, k_end);
-      load_tokens<T, kTokens>(tokens + at * kTokens * kDepth, p, first_token,
-                              k_begin + next * kDepth, k_end);
+      cursor.load(weights + free_at * kTileRows * kDepth, p, k_begin + next * kDepth, k_end);
+      load_tokens<T, kTokens, kThreads>(tokens + free_at * kTokens * kDepth, p, first_token,
+                                        k_begin + next * kDepth, k_end);
     }
     copy_async_commit();
-    multiply_stage<T, kTokenTiles>(sums, weights + s % kStages * kTileRows * kDepth,
-                                   tokens + s % kStages * kTokens * kDepth);
+    multiply_stage<T, kWarpTiles>(sums, weights + at * kTileRows * kDepth, warp_row,
+                                  tokens + at * kTokens * kDepth, warp_token);
+    free_at = at;
+    at = at + 1 == kStages ? 0 : at + 1;
   }
+  // Not before: blocks that only wait take the memory's time from those that stream.
+  dependency_launch();
 
   // Through shared memory, so that global memory is written along the outputs.
   copy_async_wait<0>();
@@ -215,9 +225,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const LinearP
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      const int row = threadIdx.x / kWarp * 32 + r * 16 + lane / 4;
-      float* at = finished + (j * 8 + lane % 4 * 2) * kOutPitch + row;
+    for (int j = 0; j < kWarpTiles; ++j) {
+      const int row = warp_row + r * 16 + lane / 4;
+      float* at = finished + (warp_token + j * 8 + lane % 4 * 2) * kOutPitch + row;
       at[0] = sums[r][j][0];
       at[kOutPitch] = sums[r][j][1];
       at[8] = sums[r][j][2];
@@ -228,51 +238,77 @@ __global__ void __launch_bounds__(kThreads, kBlocks) linear_kernel(const LinearP
   const auto from_shared = [&](int token, int row) {
     return *reinterpret_cast<const float4*>(finished + token * kOutPitch + row);
   };
-  if (p.parts == 1) {
-    store_tile<T, Out, kSwiglu, 4>(p, tile, first_token, group_tokens, from_shared);
+  if (p.parts > 1) {
+    constexpr int kRowQuads = kTileRows / 4;
+    float* sums = p.sums + (static_cast<int64_t>(part) * p.n + first_token) * p.width +
+                  static_cast<int64_t>(tile) * kTileRows;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < group_tokens * kRowQuads; i += kThreads) {
+      const int token = i / kRowQuads;
+      const int row = i % kRowQuads * 4;
+      *reinterpret_cast<float4*>(sums + token * p.width + row) = from_shared(token, row);
+    }
     return;
   }
-
-  const int tile_index = blockIdx.x;
-  const int64_t part_floats = static_cast<int64_t>(group_tokens) * kTileRows;
-  float* tile_partial =
-      p.partial + static_cast<int64_t>(tile_index) * p.parts * min(p.n, kTokenGroup) * kTileRows;
-  float4* own = reinterpret_cast<float4*>(tile_partial + part * part_floats);
-  for (int i = threadIdx.x; i < group_tokens * (kTileRows / 4); i += kThreads) {
-    own[i] = from_shared(i / (kTileRows / 4), i % (kTileRows / 4) * 4);
-  }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) ticket = atomicAdd(&p.tickets[tile_index], 1u);
-  __syncthreads();
-  if (ticket + 1 != static_cast<unsigned>(p.parts)) return;
-  __threadfence();
-  if (threadIdx.x == 0) p.tickets[tile_index] = 0;
-  const auto finish = [&](auto most) {
-    store_parts<T, Out, kSwiglu, most.value>(p, tile, first_token, group_tokens, tile_partial,
-                                             part_floats);
-  };
-  if (p.parts <= 2) {
-    finish(std::integral_constant<int, 2>{});
-  } else if (p.parts <= 4) {
-    finish(std::integral_constant<int, 4>{});
-  } else {
-    finish(std::integral_constant<int, kMaxParts>{});
+  constexpr int kQuads = kTileOutputs<kSwiglu> / 4;
+#pragma unroll 2
+  for (int i = threadIdx.x; i < group_tokens * kQuads; i += kThreads) {
+    const int token = i / kQuads;
+    const int first = tile * kTileOutputs<kSwiglu> + i % kQuads * 4;
+    if (first >= p.out_features) continue;
+    store_quad<T, Out, kSwiglu>(p, first_token + token, first,
+                                [&](int row) { return from_shared(token, row); });
   }
 }
 
-template <typename T, int kTokens>
-constexpr size_t shared_bytes() {
-  return carved_bytes(sizeof(T) * kStages * kTileRows * kDepth) +
-         carved_bytes(sizeof(T) * kStages * kTokens * kDepth);
+constexpr int kAddThreads = 256;
+
+// The second half of a product of several parts: a thread for four outputs.
+template <typename T, typename Out, bool kSwiglu>
+__global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const LinearParams p) {
+  dependency_launch();
+  dependency_wait();
+  const int quads = (p.out_features + 3) / 4;
+  const int i = blockIdx.x * kAddThreads + threadIdx.x;
+  const int token = i / quads;
+  if (token >= p.n) return;
+  const int first = i % quads * 4;
+  const float* tile = p.sums + token * p.width + first / kTileOutputs<kSwiglu> * kTileRows;
+  store_quad<T, Out, kSwiglu>(
+      p, token, first, [&](int row) { return add_four_parts(tile + row, p.parts, p.n * p.width); });
+}
+
+template <typename T, typename Out, bool kSwiglu>
+void launch_add(const LinearParams& p, cudaStream_t stream) {
+  const unsigned blocks = ceil_div(int64_t{p.n} * ceil_div(p.out_features, 4), kAddThreads);
+  launch<add_parts_kernel<T, Out, kSwiglu>>({dim3(blocks), dim3(kAddThreads), stream}, "linear", p);
+}
+
+// Whether the grid leaves multiprocessors at most one block, and they have room for long pipelines.
+bool wants_deep_stages(const dim3& grid) {
+  const auto attribute = [](cudaDeviceAttr which) {
+    return static_cast<unsigned>(device_attribute(which, "linear"));
+  };
+  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) >= kLeastDeepBytes &&
+         grid.x * grid.y <= attribute(cudaDevAttrMultiProcessorCount);
 }
 
 template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
 void launch_tiles(const LinearParams& p, cudaStream_t stream) {
+  constexpr int kTokens = Tiling<kTokenTiles>::kTokens;
   const dim3 grid(ceil_div(p.out_features, kTileOutputs<kSwiglu>) * static_cast<unsigned>(p.groups),
                   static_cast<unsigned>(p.parts));
-  launch<linear_kernel<T, Out, kTokenTiles, kSwiglu>>(
-      {grid, dim3(kThreads), stream, shared_bytes<T, kTokenTiles * 8>()}, "linear", p);
+  const auto launch_with = [&](auto stages) {
+    constexpr size_t kSharedBytes = carved_bytes(sizeof(T) * stages.value * kTileRows * kDepth) +
+                                    carved_bytes(sizeof(T) * stages.value * kTokens * kDepth);
+    static_assert(stages.value != kStages || kSharedBytes <= kSharedEverywhere);
+    launch<linear_kernel<T, Out, kTokenTiles, kSwiglu, stages.value>>(
+        {grid, dim3(Tiling<kTokenTiles>::kThreads), stream, kSharedBytes}, "linear", p);
+  };
+  if (wants_deep_stages(grid)) {
+    return launch_with(std::integral_constant<int, kDeepStages<kTokenTiles>>{});
+  }
+  launch_with(std::integral_constant<int, kStages>{});
 }
 
 template <typename T, typename Out, bool kSwiglu>
@@ -311,27 +347,37 @@ LinearSplit split_linear(int64_t out_features, int64_t in_features, bool swiglu,
   return split_in_parts(in_features, parts);
 }
 
-LinearScratchSize linear_scratch(int64_t n, int64_t out_features, bool swiglu,
-                                 const LinearSplit& split) {
-  if (split.parts == 1) return {0, 0};
-  const int64_t tiles = tile_count(out_features, swiglu) * ceil_div(n, kTokenGroup);
-  const int64_t tokens = std::min<int64_t>(n, kTokenGroup);
-  return {static_cast<size_t>(tiles * split.parts * tokens * kTileRows),
-          static_cast<size_t>(tiles)};
+size_t linear_scratch(int64_t n, int64_t out_features, bool swiglu, const LinearSplit& split) {
+  if (split.parts == 1) return 0;
+  return static_cast<size_t>(split.parts * n * tile_count(out_features, swiglu) * kTileRows);
 }
 
-LinearScratchSize most_linear_scratch(int64_t n, int multiprocessors) {
+size_t most_linear_scratch(int64_t n, int multiprocessors) {
   // Parts are doubled only while tiles * parts < 0.9 multiprocessors.
-  const int64_t groups = ceil_div(n, kTokenGroup);
-  const int64_t tile_parts = groups * (2 * int64_t{multiprocessors} + 1);
-  return {static_cast<size_t>(tile_parts * std::min<int64_t>(n, kTokenGroup) * kTileRows),
-          static_cast<size_t>(tile_parts)};
+  return static_cast<size_t>(n * (2 * int64_t{multiprocessors} + 1) * kTileRows);
 }
 
-void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const LinearWeight* up,
-            const Tensor* residual, const LinearSplit& split, const LinearScratch& scratch,
-            cudaStream_t stream) {
-  if (x.rows == 0) return;
+namespace {
+
+LinearParams params_of(const Tensor& out, const Tensor* residual) {
+  LinearParams p{};
+  p.out = out.data;
+  p.out_stride = out.stride;
+  p.n = static_cast<int>(out.rows);
+  p.out_features = static_cast<int>(out.cols);
+  p.quads = out.cols % 4 == 0 && out.stride % 4 == 0 && aligned(out.data);
+  if (residual != nullptr) {
+    p.residual = residual->data;
+    p.residual_stride = residual->stride;
+    p.quads = p.quads && residual->stride % 4 == 0 && aligned(residual->data);
+  }
+  return p;
+}
+
+// The product itself; the parts are not added.
+LinearParams multiply(const Tensor& out, const Tensor& x, const LinearWeight& w,
+                      const LinearWeight* up, const Tensor* residual, const LinearSplit& split,
+                      const LinearScratch& scratch, cudaStream_t stream) {
   const char* op = up == nullptr ? "linear" : "linear_swiglu";
   check_rows(op, x);
   FRSPEC_CHECK(w.in_features % 8 == 0 && x.dtype == w.dtype && x.cols == w.in_features &&
@@ -344,33 +390,20 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
                                        residual->cols == out.cols),
                Error, op, ": the residual's shape differs from the output's [", out.rows, ", ",
                out.cols, "]");
-  const LinearScratchSize needed = linear_scratch(x.rows, w.out_features, up != nullptr, split);
-  FRSPEC_CHECK(
-      needed.partial_floats <= scratch.partial_floats && needed.tickets <= scratch.ticket_count,
-      Error, op, ": ", needed.partial_floats, " floats and ", needed.tickets,
-      " counters of scratch are needed, ", scratch.partial_floats, " and ", scratch.ticket_count,
-      " are planned");
-  LinearParams p{};
+  const size_t needed = linear_scratch(x.rows, w.out_features, up != nullptr, split);
+  FRSPEC_CHECK(needed <= scratch.floats && split.parts <= kMaxParts, Error, op, ": ", split.parts,
+               " parts need ", needed, " floats of scratch, ", scratch.floats, " are planned");
+  LinearParams p = params_of(out, residual);
   p.w = w.data;
   p.bias = w.bias;
   p.x = x.data;
   p.x_stride = x.stride;
-  p.out = out.data;
-  p.out_stride = out.stride;
-  p.partial = scratch.partial;
-  p.tickets = scratch.tickets;
-  p.n = static_cast<int>(x.rows);
-  p.out_features = static_cast<int>(w.out_features);
+  p.sums = scratch.sums;
+  p.width = tile_count(w.out_features, up != nullptr) * kTileRows;
   p.in_features = static_cast<int>(w.in_features);
   p.parts = split.parts;
   p.part_depth = split.part_depth;
   p.groups = static_cast<int>(ceil_div(x.rows, kTokenGroup));
-  p.quads = w.out_features % 4 == 0 && out.stride % 4 == 0 && aligned(out.data);
-  if (residual != nullptr) {
-    p.residual = residual->data;
-    p.residual_stride = residual->stride;
-    p.quads = p.quads && residual->stride % 4 == 0 && aligned(residual->data);
-  }
   if (up != nullptr) {
     p.up = up->data;
     p.up_bias = up->bias;
@@ -380,6 +413,44 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
     if (up != nullptr) return launch_tokens<T, T, true>(p, stream);
     if (out.dtype == DType::kF32) return launch_tokens<T, float, false>(p, stream);
     launch_tokens<T, T, false>(p, stream);
+  });
+  return p;
+}
+
+}  // namespace
+
+void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const LinearWeight* up,
+            const Tensor* residual, const LinearSplit& split, const LinearScratch& scratch,
+            cudaStream_t stream) {
+  if (x.rows == 0) return;
+  const LinearParams p = multiply(out, x, w, up, residual, split, scratch, stream);
+  if (split.parts == 1) return;
+  with_element(w.dtype, "linear", [&](auto element) {
+    using T = decltype(element);
+    if (up != nullptr) return launch_add<T, T, true>(p, stream);
+    if (out.dtype == DType::kF32) return launch_add<T, float, false>(p, stream);
+    launch_add<T, T, false>(p, stream);
+  });
+}
+
+LinearParts linear_parts(const Tensor& out, const Tensor& x, const LinearWeight& w,
+                         const Tensor* residual, const LinearSplit& split,
+                         const LinearScratch& scratch, cudaStream_t stream) {
+  const LinearParams p = multiply(out, x, w, nullptr, residual, split, scratch, stream);
+  return {p.sums, p.n * p.width, p.width, split.parts, w.bias, p.residual, p.residual_stride};
+}
+
+void add_parts(const Tensor& out, const LinearParts& parts, cudaStream_t stream) {
+  const Tensor residual{const_cast<void*>(parts.residual), out.dtype, out.rows, out.cols,
+                        parts.residual_stride};
+  LinearParams p = params_of(out, parts.residual == nullptr ? nullptr : &residual);
+  p.sums = const_cast<float*>(parts.sums);
+  p.width = parts.row_stride;
+  p.parts = parts.parts;
+  p.bias = parts.bias;
+  with_element(out.dtype, "add_parts", [&](auto element) {
+    using T = decltype(element);
+    launch_add<T, T, false>(p, stream);
   });
 }
 

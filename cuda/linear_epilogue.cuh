@@ -1,15 +1,11 @@
-// How the sums of a product become outputs (linear.cu): parts of k are added, then bias and
-// residual, or the two halves of swiglu are multiplied.
+// How the sums of a product become outputs (linear.cu): bias and residual are added, or the two
+// halves of swiglu are multiplied.
 #pragma once
 
 #include "linear_params.cuh"
 
 namespace frspec::cuda {
 namespace {
-
-__device__ __forceinline__ float4 add(const float4& a, const float4& b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
 
 template <typename T>
 __device__ __forceinline__ float4 load_four(const T* from) {  // aligned to 4 elements
@@ -61,66 +57,23 @@ __device__ __forceinline__ void store_outputs(const LinearParams& p, int token, 
   if (first + 3 < p.out_features) out[3] = from_float<Out>(v.w);
 }
 
-// The finished tile: load(token, row) gives the sums of tile rows row ... row + 3. A thread loads
-// for kBatch times four outputs before it stores any, because what it loads comes from far away.
-template <typename T, typename Out, bool kSwiglu, int kBatch, typename Load>
-__device__ __forceinline__ void store_tile(const LinearParams& p, int tile, int first_token,
-                                           int tokens, const Load& load) {
-  constexpr int kQuads = kTileOutputs<kSwiglu> / 4;
-  const int count = tokens * kQuads;
-  for (int begin = threadIdx.x; begin < count; begin += kThreads * kBatch) {
-    float4 sums[kBatch]{};
-    float4 others[kBatch]{};  // residual, or the up half of swiglu
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = begin + b * kThreads;
-      const int quad = i % kQuads;
-      const int first = tile * kTileOutputs<kSwiglu> + quad * 4;
-      if (i >= count || first >= p.out_features) continue;
-      if constexpr (kSwiglu) {
-        const int row = quad / 4 * 32 + quad % 4 * 4;
-        sums[b] = add(load(i / kQuads, row), load_bias(p, p.bias, first));
-        others[b] = add(load(i / kQuads, row + 16), load_bias(p, p.up_bias, first));
-      } else {
-        others[b] = load_residual<T>(p, first_token + i / kQuads, first);
-        sums[b] = add(load(i / kQuads, quad * 4), load_bias(p, p.bias, first));
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int i = begin + b * kThreads;
-      const int first = tile * kTileOutputs<kSwiglu> + i % kQuads * 4;
-      if (i >= count || first >= p.out_features) continue;
-      const float4& s = sums[b];
-      const float4& o = others[b];
-      store_outputs<Out>(
-          p, first_token + i / kQuads, first,
-          kSwiglu ? make_float4(silu(s.x) * o.x, silu(s.y) * o.y, silu(s.z) * o.z, silu(s.w) * o.w)
-                  : add(s, o));
-    }
+// Four outputs of a token, from `first` on. sums(row) gives those of four rows of the tile that
+// begin with row `row` of it: gate and up rows of swiglu lie 16 apart.
+template <typename T, typename Out, bool kSwiglu, typename Sums>
+__device__ __forceinline__ void store_quad(const LinearParams& p, int token, int first,
+                                           const Sums& sums) {
+  const int at = first % kTileOutputs<kSwiglu>;
+  if constexpr (kSwiglu) {
+    const int row = at / 16 * 32 + at % 16;
+    const float4 g = add(sums(row), load_bias(p, p.bias, first));
+    const float4 u = add(sums(row + 16), load_bias(p, p.up_bias, first));
+    store_outputs<Out>(
+        p, token, first,
+        make_float4(silu(g.x) * u.x, silu(g.y) * u.y, silu(g.z) * u.z, silu(g.w) * u.w));
+  } else {
+    const float4 residual = load_residual<T>(p, token, first);
+    store_outputs<Out>(p, token, first, add(add(sums(at), load_bias(p, p.bias, first)), residual));
   }
-}
-
-// Adds the parts of a tile in ascending order. kMost: at least p.parts, so that all of a sum's
-// loads are under way at once.
-template <typename T, typename Out, bool kSwiglu, int kMost>
-__device__ __forceinline__ void store_parts(const LinearParams& p, int tile, int first_token,
-                                            int tokens, const float* partial, int64_t part_floats) {
-  constexpr int kBatch = (kSwiglu ? 8 : 16) / kMost;
-  store_tile<T, Out, kSwiglu, kBatch>(p, tile, first_token, tokens, [&](int token, int row) {
-    const float* from = partial + token * kTileRows + row;
-    float4 parts[kMost]{};
-#pragma unroll
-    for (int i = 0; i < kMost; ++i) {
-      if (i < p.parts) parts[i] = __ldcg(reinterpret_cast<const float4*>(from + i * part_floats));
-    }
-    float4 total = parts[0];
-#pragma unroll
-    for (int i = 1; i < kMost; ++i) {
-      if (i < p.parts) total = add(total, parts[i]);
-    }
-    return total;
-  });
 }
 
 }  // namespace

@@ -65,10 +65,6 @@ FRSPEC_PTX void copy_async_16(void* shared, const void* global, int source_bytes
                "l"(global), "r"(source_bytes)
                : "memory");
 }
-// Asks for the 128 bytes around an address of global memory, into the L2 cache.
-FRSPEC_PTX void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
 FRSPEC_PTX void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kPending of this thread's latest groups are under way.
 template <int kPending>

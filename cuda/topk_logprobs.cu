@@ -33,45 +33,78 @@ __device__ __forceinline__ float2 warp_merge_sums(float2 part) {
   return part;
 }
 
+// The k best of a chunk come from the k best of each warp, which gives away its best entry k times.
 __global__ void __launch_bounds__(kThreads)
     scan_chunk_kernel(const float* logits, int64_t stride, int cols, int k, float2* chunk_sums,
                       uint64_t* chunk_entries) {
-  SHARED(uint32_t, keys, [kChunk]);
+  constexpr int kOwn = kChunk / kThreads;
   SHARED(float2, warp_sums, [kThreads / kWarp]);
-  SHARED(SelectScratch<kThreads>, select);
+  SHARED(uint64_t, best, [kThreads / kWarp * kMaxTreeTopK]);
   dependency_launch();
   dependency_wait();
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
   const int first = blockIdx.x * kChunk;
   const int count = min(kChunk, cols - first);
   const float* row = logits + blockIdx.y * stride + first;
-  float max = -INFINITY;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const float logit = row[i];
-    keys[i] = order_key(logit);
-    max = fmaxf(max, logit);  // of NaN and a number the number
+  float own[kOwn];
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    own[j] = i < count ? row[i] : -INFINITY;
   }
+  float max = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) max = fmaxf(max, own[j]);  // of NaN and a number the number
   float sum = 0.0f;
-  if (max > -INFINITY) {
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const float logit = row[i];
-      if (logit == logit) sum += __expf(logit - max);
-    }
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    if (own[j] > -INFINITY) sum += __expf(own[j] - max);  // nor NaN
   }
   const float2 part = warp_merge_sums(make_float2(max, sum));
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = part;
+  if (lane == 0) warp_sums[warp] = part;
+
+  uint32_t keys[kOwn];  // plus one; 0: not there, or given away
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    const bool there = static_cast<int>(threadIdx.x) + j * kThreads < count;
+    keys[j] = there ? order_key(own[j]) + 1 : 0;
+  }
+#pragma unroll 1
+  for (int place = 0; place < k; ++place) {
+    uint32_t key = 0;
+    int at = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (keys[j] > key) {
+        key = keys[j];
+        at = j;
+      }
+    }
+    const uint32_t most = __reduce_max_sync(kAllLanes, key);
+    const unsigned column = threadIdx.x + at * kThreads;
+    const unsigned lowest = __reduce_min_sync(kAllLanes, key == most ? column : ~0u);
+    if (lane == 0) {
+      best[warp * k + place] =
+          most == 0 ? 0 : keyed_entry(most - 1, first + static_cast<int>(lowest));
+    }
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (threadIdx.x + j * kThreads == lowest) keys[j] = 0;
+    }
+  }
   __syncthreads();
   const int64_t chunk = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   if (threadIdx.x == 0) {
     float2 total = warp_sums[0];
+#pragma unroll 1
     for (int w = 1; w < kThreads / kWarp; ++w) total = merge_sums(total, warp_sums[w]);
     chunk_sums[chunk] = total;
   }
-  const int wanted = min(k, count);
   uint64_t* entries = chunk_entries + chunk * k;
-  block_select_largest<kThreads>(
-      select, count, wanted, [&](int i) { return keys[i]; },
-      [&](int place, int i) { entries[place] = keyed_entry(keys[i], first + i); });
-  for (int i = wanted + threadIdx.x; i < k; i += kThreads) entries[i] = 0;
+  for (int i = count + threadIdx.x; i < k; i += kThreads) entries[i] = 0;
+  place_largest<kThreads>(best, kThreads / kWarp * k, k,
+                          [&](int place, uint64_t entry) { entries[place] = entry; });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -94,24 +127,18 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  // An entry's place is the number of larger ones; k of them have a place below k.
   SmemCarver carver;
   uint64_t* entries = carver.take<uint64_t>(count);
   const uint64_t* from = chunk_entries + static_cast<int64_t>(blockIdx.x) * count;
   for (int i = threadIdx.x; i < count; i += kThreads) entries[i] = from[i];
   __syncthreads();
   const float* row = logits + blockIdx.x * stride;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const uint64_t entry = entries[i];
-    if (entry == 0) continue;
-    int place = 0;
-    for (int j = 0; j < count; ++j) place += entries[j] > entry ? 1 : 0;
-    if (place >= k) continue;
+  place_largest<kThreads>(entries, count, k, [&](int place, uint64_t entry) {
     const int column = entry_index(entry);
     const float logit = row[column];
     logprobs[blockIdx.x * k + place] = logit == logit ? (logit - row_max) - log_sum : -INFINITY;
     tokens[blockIdx.x * k + place] = column_tokens == nullptr ? column : column_tokens[column];
-  }
+  });
 }
 
 }  // namespace

@@ -64,9 +64,19 @@ class Cache {
   DeviceMatrix keys_, values_;
 };
 
+// As if few queries were worth a division of the keys among warps, as far as this device has the
+// shared memory, and as if they were not.
+AttentionDevice dividing_keys() {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "asking");
+  return {1 << 20, static_cast<size_t>(bytes)};
+}
+AttentionDevice dividing_queries() { return {0, 0}; }
+
 // Runs attention for rows first ... first + n - 1 of q; fills `out` with what came back.
 void run_attention(DeviceMatrix& out, const Tensor& q, const Cache& cache, const View& view,
-                   const Shape& shape, cudaStream_t stream) {
+                   const Shape& shape, cudaStream_t stream,
+                   const AttentionDevice& device = dividing_keys()) {
   const DeviceArray<int32_t> prefix(view.prefix);
   const DeviceArray<uint64_t> ancestors(view.ancestors);
   const DeviceArray<int32_t> base(std::vector<int32_t>{view.tree_base});
@@ -74,11 +84,11 @@ void run_attention(DeviceMatrix& out, const Tensor& q, const Cache& cache, const
   const Visible visible{prefix.data(), base.data(), ancestors.data(), view.words,
                         view.longest + 300};
   const auto rows =
-      static_cast<size_t>(attention_ranges(visible.max_length) * q.rows * shape.query_heads);
+      static_cast<size_t>(attention_parts(visible.max_length) * q.rows * shape.query_heads);
   const DeviceArray<float> values(rows * static_cast<size_t>(padded_head_dim(shape.head_dim)));
   const DeviceArray<float2> sums(rows);
   attention(out.tensor(), q, cache.layer(), visible, view.words == 0,
-            {values.data(), sums.data(), rows}, stream);
+            {values.data(), sums.data(), rows}, device, stream);
   out.download(stream);
 }
 
@@ -136,8 +146,10 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
         view.tree_base = base;
         for (const auto& path : test::random_paths(nodes, random, kMaxTreeDepth))
           view.add(base, path);
-        run_attention(out, q.tensor(), cache, view, shape, stream);
-        CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
+        for (const AttentionDevice& device : {dividing_keys(), dividing_queries()}) {
+          run_attention(out, q.tensor(), cache, view, shape, stream, device);
+          CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
+        }
       }
     }
   }
@@ -170,7 +182,8 @@ TEST_CASE("a row of attention has the same bits alone and among others") {
     run_attention(all, q.tensor(), cache, rows_of(0, kNodes), shape, stream);
     for (const auto& [first, n] : {std::pair{0, 1}, {59, 1}, {3, 2}, {20, 17}, {0, 33}}) {
       DeviceMatrix some(dtype, n, q.cols());
-      run_attention(some, q.tensor().row_slice(first, n), cache, rows_of(first, n), shape, stream);
+      run_attention(some, q.tensor().row_slice(first, n), cache, rows_of(first, n), shape, stream,
+                    n % 2 == 0 ? dividing_keys() : dividing_queries());
       for (int64_t r = 0; r < n; ++r) {
         CAPTURE(first);
         CAPTURE(r);

@@ -1,5 +1,6 @@
 // Skinny products against double-precision loops, and row invariance.
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 
 #include "cuda_test_support.h"
@@ -42,15 +43,10 @@ class TestWeight {
 // Scratch of one product, filled with garbage where that is allowed.
 struct Scratch {
   Scratch(int64_t n, int64_t out, bool swiglu, const LinearSplit& split)
-      : size(linear_scratch(n, out, swiglu, split)),
-        partial(size.partial_floats),
-        tickets(std::vector<unsigned>(size.tickets, 0u)) {}
-  LinearScratch view() const {
-    return {partial.data(), size.partial_floats, tickets.data(), size.tickets};
-  }
-  LinearScratchSize size;
-  DeviceArray<float> partial;
-  DeviceArray<unsigned> tickets;
+      : floats(linear_scratch(n, out, swiglu, split)), sums(floats) {}
+  LinearScratch view() const { return {sums.data(), floats}; }
+  size_t floats;
+  DeviceArray<float> sums;
 };
 
 LinearSplit split_in(int parts, int64_t in) {
@@ -77,10 +73,8 @@ void check_linear(DType dtype, DType out_dtype, int64_t n, int64_t out, int64_t 
   split.parts = static_cast<int>((in + split.part_depth - 1) / split.part_depth);
   const Scratch scratch(n, out, false, split);
   const Tensor residual_tensor = added.tensor();
-  for (int repeat = 0; repeat < 2; ++repeat) {  // the counters are zero again
-    linear(y.tensor(), x.tensor(), weight.weight(), nullptr, residual ? &residual_tensor : nullptr,
-           split, scratch.view(), stream);
-  }
+  linear(y.tensor(), x.tensor(), weight.weight(), nullptr, residual ? &residual_tensor : nullptr,
+         split, scratch.view(), stream);
   y.download(stream);
   double worst = 0;
   for (int64_t r = 0; r < n; ++r) {
@@ -100,7 +94,7 @@ void check_linear(DType dtype, DType out_dtype, int64_t n, int64_t out, int64_t 
 
 TEST_CASE("linear equals the double-precision product for ragged shapes") {
   for (const DType dtype : kElementTypes) {
-    for (const int64_t n : {1, 7, 8, 9, 17, 33, 60, 64, 65, 100}) {
+    for (const int64_t n : {1, 7, 8, 9, 16, 17, 32, 33, 60, 64, 65, 100}) {
       check_linear(dtype, dtype, n, 136, 72, 1, n % 2 == 0, n % 3 == 0);
       check_linear(dtype, DType::kF32, n, 33, 200, 1, false, false);
     }
@@ -147,6 +141,7 @@ TEST_CASE("linear_swiglu equals silu(gate) * up in double precision") {
                                             {60, 200, 64, 1},
                                             {5, 1536, 72, 1},
                                             {9, 136, 512, 2},
+                                            {20, 72, 136, 2},
                                             {70, 64, 1024, 4}}) {
       CAPTURE(n);
       CAPTURE(out);
@@ -192,7 +187,7 @@ TEST_CASE("a row of linear has the same bits alone and among others") {
         linear(y.tensor(), x.tensor().row_slice(r, 1), weight.weight(), nullptr, nullptr, split,
                scratch.view(), stream);
         y.download(stream);
-        for (const int64_t n : {1, 2, 8, 9, 30, 60, 64, 65, 130}) {
+        for (const int64_t n : {1, 2, 8, 9, 17, 30, 60, 64, 65, 130}) {
           const int64_t first = std::max<int64_t>(0, std::min(r - n / 3, 130 - n));
           if (r < first || r >= first + n) continue;
           DeviceMatrix many(DType::kF32, n, kOut);
@@ -202,6 +197,88 @@ TEST_CASE("a row of linear has the same bits alone and among others") {
           CAPTURE(r);
           CAPTURE(n);
           CHECK(equal_bits(many.row(r - first), y.row(0), kOut));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("norm and RoPE make the same of a product's parts as of the product") {
+  constexpr int64_t kHeads = 4;
+  constexpr int64_t kKvHeads = 2;
+  constexpr int64_t kHeadDim = 64;
+  constexpr int64_t kSlots = 80;
+  for (const DType dtype : kElementTypes) {
+    for (const auto& [n, out, in, parts] : {std::tuple{1, 512, 256, 2},
+                                            {9, 512, 1032, 3},
+                                            {60, 512, 640, 4},
+                                            {66, 512, 648, 8},
+                                            {2, 8448, 128, 2}}) {  // more than a thread holds
+      CAPTURE(n);
+      CAPTURE(parts);
+      Stream stream;
+      Random random(static_cast<uint32_t>(n + parts));
+      const DeviceMatrix x(dtype, n, in, random);
+      const TestWeight weight(dtype, out, in, random, parts != 3);
+      const DeviceMatrix added(dtype, n, out, random);
+      const Tensor residual = added.tensor();
+      std::vector<float> scales(static_cast<size_t>(out));
+      for (float& scale : scales) scale = random.normal();
+      const DeviceArray<float> scale(scales);
+      LinearSplit split = split_in(parts, in);
+      split.parts = static_cast<int>((in + split.part_depth - 1) / split.part_depth);
+      REQUIRE(split.parts > 1);
+      const Scratch scratch(n, out, false, split);
+
+      DeviceMatrix whole(dtype, n, out);
+      DeviceMatrix normed(dtype, n, out);
+      linear(whole.tensor(), x.tensor(), weight.weight(), nullptr, &residual, split, scratch.view(),
+             stream);
+      rms_norm(normed.tensor(), whole.tensor(), scale.data(), 1e-5f, nullptr, stream);
+      DeviceMatrix made(dtype, n, out);
+      DeviceMatrix made_normed(dtype, n, out);
+      LinearParts of_product = linear_parts(made.tensor(), x.tensor(), weight.weight(), &residual,
+                                            split, scratch.view(), stream);
+      rms_norm(made_normed.tensor(), made.tensor(), scale.data(), 1e-5f, &of_product, stream);
+      DeviceMatrix summed(dtype, n, out);
+      add_parts(summed.tensor(), of_product, stream);
+      for (DeviceMatrix* each : {&whole, &normed, &made, &made_normed, &summed}) {
+        each->download(stream);
+      }
+      for (int64_t r = 0; r < n; ++r) {
+        CHECK(equal_bits(made.row(r), whole.row(r), out));
+        CHECK(equal_bits(made_normed.row(r), normed.row(r), out));
+        CHECK(equal_bits(summed.row(r), whole.row(r), out));
+      }
+      if (out != (kHeads + 2 * kKvHeads) * kHeadDim) continue;
+
+      DeviceMatrix rope(DType::kF32, kSlots, kHeadDim, random);
+      std::vector<int32_t> rows(static_cast<size_t>(n));
+      std::iota(rows.begin(), rows.end(), 3);
+      const DeviceArray<int32_t> positions(rows);
+      linear(whole.tensor(), x.tensor(), weight.weight(), nullptr, nullptr, split, scratch.view(),
+             stream);
+      of_product = linear_parts(made.tensor(), x.tensor(), weight.weight(), nullptr, split,
+                                scratch.view(), stream);
+      DeviceMatrix caches[2][2] = {
+          {{dtype, kKvHeads * kSlots, kHeadDim}, {dtype, kKvHeads * kSlots, kHeadDim}},
+          {{dtype, kKvHeads * kSlots, kHeadDim}, {dtype, kKvHeads * kSlots, kHeadDim}}};
+      const auto append = [&](DeviceMatrix& qkv, DeviceMatrix(&cache)[2],
+                              const LinearParts* of_qkv) {
+        const KvLayer layer{
+            cache[0].tensor().data, cache[1].tensor().data, dtype, kKvHeads, kSlots, kHeadDim};
+        rope_and_append(qkv.tensor(), layer, rope.tensor(), positions.data(), positions.data(),
+                        of_qkv, stream);
+        for (DeviceMatrix* each : {&qkv, &cache[0], &cache[1]}) each->download(stream);
+      };
+      append(whole, caches[0], nullptr);
+      append(made, caches[1], &of_product);
+      for (int64_t r = 0; r < n; ++r) {
+        CHECK(equal_bits(made.row(r), whole.row(r), kHeads * kHeadDim));
+      }
+      for (const int which : {0, 1}) {
+        for (int64_t r = 0; r < kKvHeads * kSlots; ++r) {
+          CHECK(equal_bits(caches[1][which].row(r), caches[0][which].row(r), kHeadDim));
         }
       }
     }
@@ -224,10 +301,7 @@ TEST_CASE("the split of a matrix covers its depth and depends on its shape alone
         CHECK(split.parts * split.part_depth >= in);
         CHECK((split.parts - 1) * split.part_depth < in);
         for (const int64_t n : {1, 60, 256}) {
-          const LinearScratchSize size = linear_scratch(n, out, swiglu, split);
-          const LinearScratchSize most = most_linear_scratch(n, multiprocessors);
-          CHECK(size.partial_floats <= most.partial_floats);
-          CHECK(size.tickets <= most.tickets);
+          CHECK(linear_scratch(n, out, swiglu, split) <= most_linear_scratch(n, multiprocessors));
         }
       }
     }

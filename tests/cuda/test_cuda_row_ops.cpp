@@ -16,8 +16,9 @@ TEST_CASE("rms_norm equals the formula, and a row's bits depend on that row alon
       const DeviceArray<float> device_weight(weight);
       DeviceMatrix y(dtype, 5, d);
       DeviceMatrix alone(dtype, 1, d);
-      rms_norm(y.tensor(), x.tensor(), device_weight.data(), 1e-5f, stream);
-      rms_norm(alone.tensor(), x.tensor().row_slice(3, 1), device_weight.data(), 1e-5f, stream);
+      rms_norm(y.tensor(), x.tensor(), device_weight.data(), 1e-5f, nullptr, stream);
+      rms_norm(alone.tensor(), x.tensor().row_slice(3, 1), device_weight.data(), 1e-5f, nullptr,
+               stream);
       y.download(stream);
       alone.download(stream);
       CHECK(equal_bits(alone.row(0), y.row(3), d));
@@ -69,7 +70,7 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
       const DeviceArray<int32_t> device_positions(positions);
       const DeviceArray<int32_t> device_slots(slots);
       rope_and_append(qkv.tensor(), kv, rope.tensor(), device_positions.data(), device_slots.data(),
-                      stream);
+                      nullptr, stream);
       qkv.download(stream);
       keys.download(stream);
       values.download(stream);

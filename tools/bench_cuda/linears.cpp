@@ -73,7 +73,6 @@ class LinearBench {
     int64_t widest_in = 0;
     int64_t widest_out = 0;
     size_t scratch_floats = 0;
-    size_t tickets = 0;
     for (const Shape& shape : shapes_) {
       std::vector<LinearWeight> copies(static_cast<size_t>(bench_.copies(shape.bytes())));
       const int64_t outputs = shape.swiglu ? 2 * shape.out : shape.out;
@@ -84,16 +83,14 @@ class LinearBench {
       widest_in = std::max(widest_in, shape.in);
       widest_out = std::max(widest_out, outputs);
       for (const int parts : kFreeParts) {
-        const LinearScratchSize size =
-            linear_scratch(most_rows_, shape.out, shape.swiglu, split_in_parts(shape.in, parts));
-        scratch_floats = std::max(scratch_floats, size.partial_floats);
-        tickets = std::max(tickets, size.tickets);
+        scratch_floats = std::max(
+            scratch_floats,
+            linear_scratch(most_rows_, shape.out, shape.swiglu, split_in_parts(shape.in, parts)));
       }
     }
     x_ = arena.take_tensor("activations", kType, most_rows_, widest_in);
     out_ = arena.take_tensor("activations", DType::kF32, most_rows_, widest_out);
-    scratch_ = {arena.take_array<float>("scratch", scratch_floats), scratch_floats,
-                arena.take_array<unsigned>("scratch", tickets), tickets};
+    scratch_ = {arena.take_array<float>("scratch", scratch_floats), scratch_floats};
     cublas_workspace_ = arena.take("scratch", kCublasWorkspaceBytes);
   }
 
