@@ -28,8 +28,8 @@
 set -uo pipefail
 
 ALL=(build tests exactness bench shapes sanitizer resources transformers)
-declare -A LIMIT=([build]=140 [tests]=60 [exactness]=75 [bench]=75 [shapes]=60 [sanitizer]=75
-  [resources]=5 [transformers]=100) # seconds, 590 in all
+declare -A LIMIT=([build]=110 [tests]=45 [exactness]=50 [bench]=50 [shapes]=40 [sanitizer]=130
+  [resources]=5 [transformers]=160) # seconds, 590 in all
 BUDGET=590
 [ -z "${FRSPEC_REPORT_LIMIT:-}" ] ||
   for piece in "${ALL[@]}"; do LIMIT[$piece]=$FRSPEC_REPORT_LIMIT BUDGET=1000000; done

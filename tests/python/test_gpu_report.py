@@ -142,6 +142,18 @@ def test_targets_stand_beside_what_was_measured(write_report) -> None:
     assert f"| Llama-3-8B: {verification} | <= 1.100x | 1.120x | **missed** |" in text
 
 
+def test_planted_accept_lengths_count_as_they_were_asked_for(write_report) -> None:
+    """What a text of a few rounds happened to accept is not what is compared."""
+    planted = bench(drafted("full", 2.30, 1.05), drafted("32768", 2.65, 1.12, over_first=1.16))
+    for run, (asked, round_ms) in zip(planted["runs"], ((3.9, 6.0), (3.6, 5.0)), strict=True):
+        run["plain"]["round_ms"] = {"median": 3.0}
+        run["drafted"] |= {"planted_accept_length": asked, "round_ms": {"median": round_ms}}
+    report, _ = write_report(PIECES | {"bench.llama-3-8b.json": planted})
+    measured = {row["target"]: row["measured"] for row in report["targets"]}
+    assert measured["Llama-3-8B: FR-Spec over plain decoding"] == pytest.approx(3.6 * 3 / 5)
+    assert measured["Llama-3-8B: FR-Spec over EAGLE-2"] == pytest.approx((3.6 / 5) / (3.9 / 6))
+
+
 def test_the_benchmark_has_its_breakdown(write_report) -> None:
     _, text = write_report(PIECES)
     assert "## Llama-3-8B, prompt of 512 tokens" in text
