@@ -12,12 +12,12 @@
 // alone. Of the v visible positions, whole steps of kTailStep that end at least kMaxInFlight
 // positions before the end are committed in any tree, so they sit in slots of their own numbers:
 // they are summed in ranges of kRangeKeys that begin at fixed positions, a tile at a time, and the
-// tiles of a range are added in ascending order. The remaining positions, kMaxInFlight to kMaxTail
-// of them, are the row's own: they are gathered in logical order (committed tokens, then the row's
-// ancestors, root first) and summed as one more part. merge_kernel adds the parts, the own
-// positions last.
+// tiles of a range are added in ascending order (with D above 128 each continues the one before).
+// The remaining positions, kMaxInFlight to kMaxTail of them, are the row's own: they are gathered
+// in logical order (committed tokens, then the row's ancestors, root first) and summed as one more
+// part. merge_kernel adds the parts, the own positions last.
 //
-// How a range is shared among warps is free, because its tiles are summed by themselves: 16 queries
+// How a range is shared among warps is free where its tiles are summed by themselves: 16 queries
 // of 64 for each warp, or, where there are few queries and much of the device would be idle, a tile
 // for each.
 #include <algorithm>
@@ -432,6 +432,8 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
                Error, "attention: q [", q.rows, ", ", q.cols, "] ", dtype_name(q.dtype),
                " does not fit ", kv.heads, " key/value heads of ", head_dim, " ",
                dtype_name(kv.dtype));
+  FRSPEC_CHECK(!prompt || visible.ancestor_words == 0, Error,
+               "attention: rows of a prompt have no ancestors");
   check_rows("attention", q);
   if (q.rows == 0) return;
   const int64_t parts = prompt ? 0 : attention_parts(visible.max_length);

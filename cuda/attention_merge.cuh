@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kMergeUnroll = 4;  // parts whose values are under way at once
 
-// A warp for each head of each row; a lane has every 32nd group of kLaneValues elements.
+// A warp for each head of each row; a lane has every 32nd pair of elements.
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const AttentionParams p) {
   constexpr int kPairs = (kDim + 2 * kWarp - 1) / (2 * kWarp);  // pairs of elements of a lane

@@ -60,7 +60,7 @@ __device__ __forceinline__ int visible_positions(const AttentionParams& p, int r
   return count;
 }
 
-// Positions that attend_kernel sums for a row that sees `visible` of them.
+// Positions in the ranges of a row that sees `visible` of them; the others are its own.
 __device__ __forceinline__ int shared_positions(int visible) {
   return visible < kMaxInFlight ? 0 : (visible - kMaxInFlight) / kTailStep * kTailStep;
 }

@@ -1,6 +1,6 @@
-// Selection of the largest of many by one block: the k-th largest 32-bit key is found digit by
-// digit from histograms, eight bits at a time, and what lies above it is collected. All of it is
-// independent of the order in which threads run.
+// Selection of the largest by one block. Of few: an entry's place is the number of larger ones. Of
+// many: the k-th largest 32-bit key is found digit by digit from histograms, eight bits at a time,
+// and what lies above it is collected. All of it is independent of the order in which threads run.
 #pragma once
 
 #include "device.cuh"

@@ -125,7 +125,7 @@ void* CudaBackend::allocate(size_t bytes) {
 
 void CudaBackend::upload(void* destination, const void* host_source, size_t bytes) {
   choose_device();
-  check(cudaMemcpyAsync(destination, host_source, bytes, cudaMemcpyHostToDevice, stream_),
+  check(cudaMemcpyAsync(destination, host_source, bytes, cudaMemcpyHostToDevice, settled()),
         "uploading");
 }
 
@@ -187,7 +187,8 @@ void CudaBackend::synchronize() {
 void CudaBackend::mark(int stamp) {
   choose_device();
   if (marks_[stamp] == nullptr) marks_[stamp] = std::make_unique<Event>();
-  check(cudaEventRecordWithFlags(*marks_[stamp], stream_,
+  // Behind the parts of a product: they belong to the stage that made it.
+  check(cudaEventRecordWithFlags(*marks_[stamp], settled(),
                                  recording_ ? cudaEventRecordExternal : cudaEventRecordDefault),
         "recording a time stamp");
 }

@@ -95,8 +95,8 @@ class CudaBackend final : public Backend {
 
   // For this thread. Every step begins with a call that does it.
   void choose_device() const;
-  // The stream, behind whatever adds the parts of a pending product. What reads activations starts
-  // with one of these two.
+  // The stream, behind whatever adds the parts of a pending product. What reads or writes
+  // activations starts with one of these two.
   cudaStream_t settled();
   // The parts of a pending product that makes `out`, which the caller will add.
   std::optional<LinearParts> take_pending(const Tensor& out);

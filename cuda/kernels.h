@@ -66,7 +66,7 @@ struct LinearParts {
   const float* sums;     // [parts, n, row_stride] fp32, in scratch
   int64_t part_stride;   // floats
   int64_t row_stride;    // floats, a multiple of 4
-  int parts;             // 2 ... kMaxParts
+  int parts;             // 2 ... 8
   const float* bias;     // [o] or null
   const void* residual;  // [n, o] of the product's dtype, or null
   int64_t residual_stride;

@@ -227,11 +227,11 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
 #pragma unroll
     for (int j = 0; j < kWarpTiles; ++j) {
       const int row = warp_row + r * 16 + lane / 4;
-      float* at = finished + (warp_token + j * 8 + lane % 4 * 2) * kOutPitch + row;
-      at[0] = sums[r][j][0];
-      at[kOutPitch] = sums[r][j][1];
-      at[8] = sums[r][j][2];
-      at[kOutPitch + 8] = sums[r][j][3];
+      float* to = finished + (warp_token + j * 8 + lane % 4 * 2) * kOutPitch + row;
+      to[0] = sums[r][j][0];
+      to[kOutPitch] = sums[r][j][1];
+      to[8] = sums[r][j][2];
+      to[kOutPitch + 8] = sums[r][j][3];
     }
   }
   __syncthreads();
@@ -240,13 +240,13 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
   };
   if (p.parts > 1) {
     constexpr int kRowQuads = kTileRows / 4;
-    float* sums = p.sums + (static_cast<int64_t>(part) * p.n + first_token) * p.width +
-                  static_cast<int64_t>(tile) * kTileRows;
+    float* of_part = p.sums + (static_cast<int64_t>(part) * p.n + first_token) * p.width +
+                     static_cast<int64_t>(tile) * kTileRows;
 #pragma unroll 2
     for (int i = threadIdx.x; i < group_tokens * kRowQuads; i += kThreads) {
       const int token = i / kRowQuads;
       const int row = i % kRowQuads * 4;
-      *reinterpret_cast<float4*>(sums + token * p.width + row) = from_shared(token, row);
+      *reinterpret_cast<float4*>(of_part + token * p.width + row) = from_shared(token, row);
     }
     return;
   }
@@ -436,6 +436,9 @@ void linear(const Tensor& out, const Tensor& x, const LinearWeight& w, const Lin
 LinearParts linear_parts(const Tensor& out, const Tensor& x, const LinearWeight& w,
                          const Tensor* residual, const LinearSplit& split,
                          const LinearScratch& scratch, cudaStream_t stream) {
+  FRSPEC_CHECK(split.parts > 1 && out.dtype == w.dtype && x.rows > 0, Error,
+               "linear_parts: expected several parts of ", dtype_name(w.dtype), " outputs, found ",
+               split.parts, " of ", x.rows, " rows of ", dtype_name(out.dtype));
   const LinearParams p = multiply(out, x, w, nullptr, residual, split, scratch, stream);
   return {p.sums, p.n * p.width, p.width, split.parts, w.bias, p.residual, p.residual_stride};
 }

@@ -1,5 +1,7 @@
 // out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]
 //
+// x may be given as the parts of the product that makes it; then it is written, too.
+//
 // out, x: [n, d] bf16 or fp16, rows aligned to 16 bytes; weight: [d] fp32. One block for each row;
 // a thread sums every kThreads-th piece of 8 elements, the warps' sums are added in order: the bits
 // of a row depend on that row alone.
@@ -94,6 +96,10 @@ void rms_norm(const Tensor& out, const Tensor& x, const float* weight, float eps
   if (x.rows == 0) return;
   check_rows("rms_norm", out);
   check_rows("rms_norm", x);
+  FRSPEC_CHECK(parts == nullptr || parts->residual == nullptr ||
+                   (parts->residual_stride % 8 == 0 &&
+                    reinterpret_cast<uintptr_t>(parts->residual) % 16 == 0),
+               Error, "rms_norm: the residual's rows are not aligned to 16 bytes");
   with_element(out.dtype, "rms_norm", [&](auto element) {
     using T = decltype(element);
     const auto launch_with = [&](auto has_parts) {

@@ -2,7 +2,8 @@
 //
 // The code that lays out buffers runs twice. First over a planning arena, which has no memory and
 // only records names and bytes: that is the plan, and it can be printed without loading anything.
-// Then over the real memory, which the backend allocated in one piece of exactly the planned size.
+// Then over the real memory, which the backend allocated in one piece: exactly the planned size,
+// less what plan_beside() notes.
 #pragma once
 
 #include <cstddef>

@@ -194,6 +194,25 @@ TEST_CASE("Medusa drafts the CPU's trees") {
   CHECK(same > nodes * 9 / 10);
 }
 
+TEST_CASE("speculative output equals plain output where products have several parts") {
+  // 512 values of k are two parts of a matrix with few rows: of o, down and fc, which norms and the
+  // drafter's layer read, and of qkv, which RoPE reads.
+  for (const test::TinySizes& sizes :
+       {test::TinySizes{211, 384, 528, 1, 8, 2, 64}, test::TinySizes{211, 512, 72, 1, 2, 1, 64}}) {
+    EngineOptions options = tiny_options("wide", {2, 3, 7});
+    options.model = test::write_predictable_target("cuda_wide_target", sizes);
+    options.drafter = test::write_predictable_drafter("cuda_wide_drafter", sizes);
+    Engine engine(options);
+    engine.load();
+    for (const Sampling& sampling : {kSamplings[0], kSamplings[1]}) {
+      const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, sampling, 8));
+      const auto drafted = generate(engine, kPrompt, make_request(Method::kEagle2, sampling, 8));
+      CHECK(plain.size() == 8);
+      CHECK(plain == drafted);
+    }
+  }
+}
+
 // The same text, whether its beginning was decoded, drafted or part of a prompt: keys and values
 // are a function of the tokens.
 TEST_CASE("requests in a row, each as if nothing came before") {
