@@ -63,7 +63,7 @@ void translate(const std::exception_ptr& pointer, void*) {
 }
 
 nb::tuple as_tuple(const frspec::TreeShape& tree) {
-  return nb::make_tuple(tree.depth, tree.topk, tree.tokens);
+  return nb::make_tuple(tree.depth, tree.topk, tree.tokens, tree.min_probability);
 }
 
 }  // namespace
@@ -109,8 +109,8 @@ NB_MODULE(_core, m) {
         constexpr int kThreads = 1;  // none of them works
         return as_tuple(frspec::make_backend(device, kThreads)->default_tree());
       },
-      "device"_a, nb::sig("def default_tree(device: str) -> tuple[int, int, int]"),
-      "Depth, topk and tokens of the draft tree that suits a device.");
+      "device"_a, nb::sig("def default_tree(device: str) -> tuple[int, int, int, float]"),
+      "Depth, topk, tokens and min_probability of the draft tree that suits a device.");
 
   nb::class_<Engine>(m, "Engine", "Target, drafter and memory; one sequence at a time.")
       .def(
@@ -119,7 +119,7 @@ NB_MODULE(_core, m) {
              std::optional<std::string> ranking, int64_t vocab_size,
              std::string tokenizer_fingerprint, std::string device,
              std::optional<std::string> dtype, int64_t max_context, size_t memory_limit,
-             int threads, std::optional<std::tuple<int, int, int>> tree,
+             int threads, std::optional<std::tuple<int, int, int, double>> tree,
              std::optional<std::string> medusa_published, frspec::MedusaChoices medusa_paths,
              std::vector<std::vector<double>> medusa_accuracies) {
             frspec::EngineOptions options;
@@ -133,7 +133,7 @@ NB_MODULE(_core, m) {
             options.max_context = max_context;
             options.memory_limit = memory_limit;
             options.threads = threads;
-            if (tree) options.tree = {std::get<0>(*tree), std::get<1>(*tree), std::get<2>(*tree)};
+            if (tree) options.tree = std::make_from_tuple<frspec::TreeShape>(*tree);
             if (medusa_published || !medusa_paths.empty() || !medusa_accuracies.empty()) {
               options.medusa_tree = {std::move(medusa_paths), std::move(medusa_accuracies),
                                      medusa_published.value_or("")};
@@ -166,8 +166,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("max_context", &Engine::max_context)
       .def_prop_ro(
           "tree", [](const Engine& self) { return as_tuple(self.tree()); },
-          nb::sig("def tree(self) -> tuple[int, int, int]"),
-          "Depth, topk and tokens of the drafts.")
+          nb::sig("def tree(self) -> tuple[int, int, int, float]"),
+          "Depth, topk, tokens and min_probability of the drafts.")
       .def_prop_ro("vocab_size", [](const Engine& self) { return self.config().vocab_size; })
       .def_prop_ro("eos_token_ids", [](const Engine& self) { return self.config().eos_token_ids; })
       .def_prop_ro(

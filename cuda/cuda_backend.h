@@ -40,6 +40,7 @@ class CudaBackend final : public Backend {
            dtype_size(layer.dtype);
   }
   int64_t prompt_chunk() const override { return 512; }
+  bool host_sees_results() const override { return false; }
   int64_t length_bound(int64_t length) const override;
   void layout(Arena& arena, const WorkspaceLimits& limits) override;
   void* allocate(size_t bytes) override;

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   dependency_launch();
   dependency_wait();
   const int count = level.rows * level.topk;
-  const int32_t first = first_candidate(level);
+  const int32_t first = level.first;
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) {
     add_candidate(pool, level, i);

@@ -132,6 +132,9 @@ class Backend {
   // at multiples of this, and a later prompt may keep whole chunks only: then keys and values are a
   // function of the tokens before them, whatever was computed earlier.
   virtual int64_t prompt_chunk() const = 0;
+  // Whether the host may read what an op wrote as soon as the op has returned, and go on according
+  // to it. Not where ops are queued, or recorded and replayed.
+  virtual bool host_sees_results() const = 0;
   // An upper bound of `length` that takes few values: what is launched for it serves shorter ones.
   virtual int64_t length_bound(int64_t length) const = 0;
 

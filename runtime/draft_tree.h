@@ -26,7 +26,15 @@ struct TreeShape {
   int depth = 6;    // levels of drafted tokens
   int topk = 10;    // beam width, and candidates per beam node
   int tokens = 60;  // nodes of the verified tree, root included
+  // Of a node's path, as the drafter sees it: nodes below it are neither verified nor drafted from,
+  // so that a round is as deep and as wide as it is likely to pay. 0: all trees have the same
+  // shape.
+  double min_probability = 0.0;
 };
+
+// A further level is drafted when the best path so far is this many times min_probability: a level
+// costs a pass of the drafter and its head, a node a row among others.
+constexpr double kLevelOverNode = 4.0;
 
 // Candidates of the whole pool: topk at level 1, topk^2 at each further level.
 constexpr int pool_capacity(int depth, int topk) { return topk + (depth - 1) * topk * topk; }
@@ -45,8 +53,9 @@ struct DraftPool {
 // + l - 1.
 struct DraftLevel {
   int level = 1;  // 1-based
-  int rows = 1;   // drafter rows that were expanded: 1 at level 1, then topk
+  int rows = 1;   // drafter rows that were expanded: 1 at level 1, then up to topk
   int topk = 1;
+  int32_t first = 0;                   // pool index of the level's first candidate
   const float* logprobs = nullptr;     // [rows, topk]
   const int32_t* tokens = nullptr;     // [rows, topk]
   const int32_t* committed = nullptr;  // [1] committed length of the drafter's KV cache
@@ -102,17 +111,12 @@ FRSPEC_HOST_DEVICE inline bool keeps_before(const float* scores, int32_t a, int3
   return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
 }
 
-// Where the candidates of a level begin in the pool.
-FRSPEC_HOST_DEVICE inline int32_t first_candidate(const DraftLevel& level) {
-  return level.level == 1 ? 0 : level.topk + (level.level - 2) * level.topk * level.topk;
-}
-
 // Candidate `index` of the level, below rows topk: the index % topk best of expanded row
 // index / topk.
 FRSPEC_HOST_DEVICE inline void add_candidate(const DraftPool& pool, const DraftLevel& level,
                                              int index) {
   const int32_t parent = level.level == 1 ? -1 : pool.beam[index / level.topk];
-  const int32_t node = first_candidate(level) + index;
+  const int32_t node = level.first + index;
   pool.tokens[node] = level.tokens[index];
   pool.parents[node] = parent;
   pool.scores[node] = (parent < 0 ? 0.0f : pool.scores[parent]) + level.logprobs[index];
@@ -123,7 +127,7 @@ FRSPEC_HOST_DEVICE inline void write_beam_row(const DraftPool& pool, const Draft
                                               int j) {
   const int topk = level.topk;
   const int32_t node = pool.beam[j];
-  const int source = (node - first_candidate(level)) / topk;
+  const int source = (node - level.first) / topk;
   const int in_flight = (level.level - 1) * topk + j;
   level.row_tokens[j] = pool.tokens[node];
   level.row_sources[j] = source;

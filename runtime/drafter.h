@@ -28,7 +28,8 @@ class Drafter {
  public:
   virtual ~Drafter() = default;
 
-  // Nodes of the tree that draft() builds, root included; the same every round.
+  // Nodes of the tree that draft() builds, root included: at most, with TreeShape::min_probability,
+  // else in every round.
   virtual int32_t tree_nodes() const = 0;
   // Levels below the root.
   virtual int32_t tree_depth() const = 0;
@@ -44,9 +45,10 @@ class Drafter {
                        int64_t length_bound, StageMarks& marks) = 0;
 
   // Drafts below the root, which follows the last observed position, and builds the tree.
-  // length_bound: of the root's position and the levels below it. marks: likewise.
-  virtual void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-                     int64_t length_bound, StageMarks& marks) = 0;
+  // length_bound: of the root's position and the levels below it. marks: likewise. Returns how many
+  // nodes the tree has.
+  virtual int32_t draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
+                        int64_t length_bound, StageMarks& marks) = 0;
 };
 
 class NoDrafter final : public Drafter {
@@ -56,9 +58,10 @@ class NoDrafter final : public Drafter {
   bool observes() const override { return false; }
   void observe(Backend&, const Tensor&, const int32_t*, const int32_t*, const int32_t*, int64_t,
                int64_t, StageMarks&) override {}
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
-             StageMarks&) override {
+  int32_t draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
+                StageMarks&) override {
     backend.build_tree(tree, DraftPool{}, root);
+    return tree.nodes;
   }
 };
 
@@ -70,6 +73,8 @@ class DraftModel : public Drafter {
   // Whether draft() needs what observe() was shown of every position before the root, or of the
   // last one alone.
   virtual bool remembers() const = 0;
+  // Of the drafts, as far as this drafter can fill the shape that was asked for.
+  virtual TreeShape tree_shape() const = 0;
   // Columns of the draft head: the sub-vocabulary, or the vocabulary.
   virtual int64_t head_width() const = 0;
 

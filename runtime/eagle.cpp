@@ -1,6 +1,7 @@
 #include "eagle.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -29,6 +30,7 @@ Eagle::Eagle(const std::string& folder, const ModelConfig& target, std::vector<i
     read_biases(*checkpoint_, config_);
   }
   topk_ = static_cast<int>(std::min<int64_t>(shape_.topk, head_width()));
+  min_score_ = static_cast<float>(std::log(shape_.min_probability));
 }
 
 int64_t Eagle::head_width() const {
@@ -161,23 +163,45 @@ void Eagle::expand(Backend& backend, int level, const Tensor& hidden, StageMarks
   marks.mark(DraftStage::kTopk);
   level_.level = level;
   level_.rows = static_cast<int>(hidden.rows);
+  level_.first = candidates_;
   backend.expand_beam(pool_, level_);
+  candidates_ += level_.rows * topk_;
   marks.mark(DraftStage::kTree);
 }
 
-void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
-                  int64_t length_bound, StageMarks& marks) {
+int Eagle::likely_beam() const {
+  if (shape_.min_probability == 0.0) return topk_;
+  if (pool_.scores[pool_.beam[0]] < min_score_ + std::log(kLevelOverNode)) return 0;
+  int count = 0;
+  while (count < topk_ && is_likely(pool_.beam[count])) ++count;
+  return count;
+}
+
+int32_t Eagle::likely_nodes(int32_t nodes) const {
+  if (shape_.min_probability == 0.0) return nodes;
+  int32_t count = 1;
+  for (int32_t candidate = 0; candidate < candidates_ && count < nodes; ++candidate) {
+    count += is_likely(candidate) ? 1 : 0;
+  }
+  return count;
+}
+
+int32_t Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
+                     int64_t length_bound, StageMarks& marks) {
   const int64_t hidden = config_.hidden_size;
   level_.committed = root.base;
+  candidates_ = 0;
   expand(backend, 1, last_hidden_, marks);
   Tensor expanded = last_hidden_;
   for (int level = 2; level <= shape_.depth; ++level) {
-    const Tensor input = concat_.row_slice(0, topk_);
+    const int rows = likely_beam();
+    if (rows == 0) break;
+    const Tensor input = concat_.row_slice(0, rows);
     backend.embed(input.col_slice(0, hidden), embedding_, level_.row_tokens);
     backend.gather_rows(input.col_slice(hidden, hidden), expanded, level_.row_sources);
     Pass pass;
     pass.kind = Rows::kDraft;
-    pass.rows = topk_;
+    pass.rows = rows;
     pass.positions = level_.row_positions;
     pass.slots = level_.row_slots;
     pass.visible.prefix_length = level_.row_prefix;
@@ -186,11 +210,16 @@ void Eagle::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root,
     pass.visible.ancestor_words = level_.ancestor_words;
     pass.visible.max_length = length_bound;
     forward(backend, pass, marks);
-    expanded = workspace_.hidden.row_slice(0, topk_);
+    expanded = workspace_.hidden.row_slice(0, rows);
     expand(backend, level, expanded, marks);
   }
-  backend.build_tree(tree, pool_, root);
+  DraftTree built = tree;
+  built.nodes = likely_nodes(tree.nodes);
+  DraftPool drafted = pool_;
+  drafted.capacity = candidates_;
+  backend.build_tree(built, drafted, root);
   marks.mark(DraftStage::kTree);
+  return built.nodes;
 }
 
 }  // namespace frspec

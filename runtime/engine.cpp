@@ -45,6 +45,8 @@ void check_tree(const TreeShape& tree) {
                kMaxTreeTopK, ", found ", tree.topk);
   FRSPEC_CHECK(tree.tokens >= 1 && tree.tokens <= kMaxTreeNodes, RequestError,
                "tree tokens must be 1 to ", kMaxTreeNodes, ", found ", tree.tokens);
+  FRSPEC_CHECK(tree.min_probability >= 0.0 && tree.min_probability < 1.0, RequestError,
+               "tree min_probability must be in [0, 1), found ", tree.min_probability);
 }
 
 }  // namespace
@@ -67,6 +69,10 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   dtype_ = weight_dtype(options, target_.config, target_checkpoint_.get());
   backend_ = make_backend(options.device, options.threads);
   tree_shape_ = options.tree.value_or(backend_->default_tree());
+  FRSPEC_CHECK(tree_shape_.min_probability == 0.0 || backend_->host_sees_results(), RequestError,
+               "tree min_probability must be 0 on ", backend_->info().name,
+               ", whose trees have one shape, found ", tree_shape_.min_probability);
+  if (options.plant) tree_shape_.min_probability = 0.0;  // what is planted needs whole trees
   if (options.drafter) {
     std::vector<int32_t> sub_vocab;
     if (options.vocab_size > 0) {
@@ -382,24 +388,25 @@ void Engine::prefill_chunk() {
   timings_.prefill += watch.lap();
 }
 
-void Engine::draft_and_verify(int64_t length_bound) {
+int32_t Engine::draft_and_verify(int64_t length_bound) {
   Backend& backend = *backend_;
   StageMarks& marks = profiles_ ? draft_marks_ : no_marks_;
   marks.begin(backend);
-  drafter_->draft(backend, tree_, walk_.root, length_bound, marks);
-  if (plants_ && drafter_->observes()) backend.plant_tree(tree_, plant_);
+  DraftTree tree = tree_;
+  tree.nodes = drafter_->draft(backend, tree_, walk_.root, length_bound, marks);
+  if (plants_ && drafter_->observes()) backend.plant_tree(tree, plant_);
   backend.mark(kDrafted);
 
-  const int64_t nodes = tree_.nodes;
+  const int64_t nodes = tree.nodes;
   Pass pass;
   pass.rows = nodes;
-  pass.tokens = tree_.tokens;
-  pass.positions = tree_.positions;
-  pass.slots = tree_.slots;
-  pass.visible.prefix_length = tree_.prefix;
-  pass.visible.tree_base = tree_.base;
-  pass.visible.ancestors = tree_.ancestors;
-  pass.visible.ancestor_words = tree_.ancestor_words;
+  pass.tokens = tree.tokens;
+  pass.positions = tree.positions;
+  pass.slots = tree.slots;
+  pass.visible.prefix_length = tree.prefix;
+  pass.visible.tree_base = tree.base;
+  pass.visible.ancestors = tree.ancestors;
+  pass.visible.ancestor_words = tree.ancestor_words;
   pass.visible.max_length = length_bound;
   const Tensor features = features_.row_slice(0, nodes);
   const Tensor logits = logits_.row_slice(0, nodes);
@@ -407,11 +414,12 @@ void Engine::draft_and_verify(int64_t length_bound) {
   backend.linear(logits, features, target_.head, Rows::kTarget);
   backend.mark(kVerified);
 
-  backend.choose_tokens(chosen_, logits, sampling_, tree_.positions);
-  backend.walk_tree(walk_, tree_, chosen_);
-  backend.commit_kv(target_.kv.layers.data(), target_.config.num_layers, tree_.base, walk_.path,
+  backend.choose_tokens(chosen_, logits, sampling_, tree.positions);
+  backend.walk_tree(walk_, tree, chosen_);
+  backend.commit_kv(target_.kv.layers.data(), target_.config.num_layers, tree.base, walk_.path,
                     walk_.length);
   backend.post(walk_result_, static_cast<size_t>(walk_result_size_) * sizeof(int32_t));
+  return tree.nodes;
 }
 
 void Engine::round() {
@@ -433,13 +441,14 @@ void Engine::round() {
   const auto kind = !drafter_->observes() ? WorkKey::kPlainRound
                     : plants_             ? WorkKey::kPlantedRound
                                           : WorkKey::kDraftedRound;
-  backend_->run({kind, tree_.nodes, bound, profiles_}, [&] { draft_and_verify(bound); });
+  last_rows_ = tree_.nodes;  // and less only where nothing is replayed
+  backend_->run({kind, tree_.nodes, bound, profiles_},
+                [&] { last_rows_ = draft_and_verify(bound); });
   backend_->synchronize();
 
   const auto* result = static_cast<const int32_t*>(backend_->mailbox());
   const int32_t accepted = result[0];
   const int32_t* emitted = result + (walk_.emitted - walk_result_);
-  last_rows_ = tree_.nodes;
   target_.kv.length += accepted;
   sequence_.insert(sequence_.end(), emitted, emitted + accepted);
   emit(std::span(emitted, static_cast<size_t>(accepted)));

@@ -69,8 +69,8 @@ class Engine {
   DeviceInfo device() const { return backend_->info(); }
   DType dtype() const { return dtype_; }
   int64_t max_context() const { return max_context_; }
-  // Of the drafts; a Medusa drafter may fill less, or the tree that it was given.
-  const TreeShape& tree() const { return tree_shape_; }
+  // Of the drafts; what a drafter would be given, without one.
+  TreeShape tree() const { return draft_model_ ? draft_model_->tree_shape() : tree_shape_; }
   // kPlain without a drafter.
   Method draft_method() const { return draft_model_ ? draft_model_->method() : Method::kPlain; }
   int64_t draft_vocab_size() const;  // columns of the draft head; 0 without a drafter
@@ -116,7 +116,7 @@ class Engine {
   int64_t longest_context_within(size_t bytes);
   void check_request(std::span<const int32_t> prompt, const Request& request) const;
   void prefill_chunk();
-  void draft_and_verify(int64_t length_bound);
+  int32_t draft_and_verify(int64_t length_bound);  // nodes of the tree
   void round();
   void emit(std::span<const int32_t> tokens);
 

@@ -1,6 +1,7 @@
 #include "medusa.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "check.h"
@@ -47,7 +48,10 @@ int64_t count_heads(const Checkpoint& checkpoint, const std::string& prefix,
 Medusa::Medusa(const std::string& folder, const MedusaConfig& config, const ModelConfig& target,
                std::vector<int32_t> sub_vocab, const TreeShape& shape,
                const MedusaTreeOptions& tree_options)
-    : config_(config), vocab_size_(target.vocab_size), sub_vocab_(std::move(sub_vocab)) {
+    : config_(config),
+      vocab_size_(target.vocab_size),
+      sub_vocab_(std::move(sub_vocab)),
+      min_probability_(tree_options.paths.empty() ? shape.min_probability : 0.0) {
   check_draft_sizes(folder, config_.hidden_size, config_.vocab_size, target);
   int64_t heads = config_.num_heads;
   if (!config_.synthetic_seed) {
@@ -59,6 +63,11 @@ Medusa::Medusa(const std::string& folder, const MedusaConfig& config, const Mode
   }
   heads = std::min<int64_t>(heads, kMaxTreeDepth);
   plan_ = plan_medusa_tree(tree_options, shape, heads, head_width());
+  const size_t nodes = plan_.parents.size();
+  scores_.assign(nodes, 0.0f);
+  numbers_.assign(nodes, 0);
+  likely_parents_.assign(nodes, -1);
+  likely_candidates_ = plan_.candidates;
 }
 
 int64_t Medusa::head_width() const {
@@ -124,29 +133,70 @@ void Medusa::observe(Backend& backend, const Tensor& features, const int32_t* ro
   marks.mark(DraftStage::kLayers);
 }
 
-void Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
-                   StageMarks& marks) {
-  if (plan_.depth > 0) {
-    backend.gather_rows(hidden_, feature_, feature_rows_);
-    for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-      for (int64_t h = 0; h < plan_.depth; ++h) {
-        backend.linear(product_.row_slice(h, 1), hidden_.row_slice(h, 1),
-                       heads_[static_cast<size_t>(h)].blocks[static_cast<size_t>(layer)],
-                       Rows::kDraft);
-      }
-      backend.add_silu(hidden_, product_);
+void Medusa::score(Backend& backend, int64_t first, int64_t count, StageMarks& marks) {
+  const auto head = [&](int64_t h) -> const Head& { return heads_[static_cast<size_t>(h)]; };
+  backend.gather_rows(hidden_.row_slice(first, count), feature_, feature_rows_);
+  for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+    for (int64_t h = first; h < first + count; ++h) {
+      backend.linear(product_.row_slice(h, 1), hidden_.row_slice(h, 1),
+                     head(h).blocks[static_cast<size_t>(layer)], Rows::kDraft);
     }
-    marks.mark(DraftStage::kLayers);
-    for (int64_t h = 0; h < plan_.depth; ++h) {
-      backend.linear(logits_.row_slice(h, 1), hidden_.row_slice(h, 1),
-                     heads_[static_cast<size_t>(h)].lm_head, Rows::kDraft);
-    }
-    marks.mark(DraftStage::kHead);
-    backend.topk_logprobs(logprobs_, candidate_tokens_, logits_, column_tokens_, plan_.width);
-    marks.mark(DraftStage::kTopk);
+    backend.add_silu(hidden_.row_slice(first, count), product_.row_slice(first, count));
   }
-  backend.build_static_tree(tree, shape_, candidate_tokens_, root);
+  marks.mark(DraftStage::kLayers);
+  for (int64_t h = first; h < first + count; ++h) {
+    backend.linear(logits_.row_slice(h, 1), hidden_.row_slice(h, 1), head(h).lm_head, Rows::kDraft);
+  }
+  marks.mark(DraftStage::kHead);
+  const int64_t candidates = first * plan_.width;
+  backend.topk_logprobs(logprobs_ + candidates, candidate_tokens_ + candidates,
+                        logits_.row_slice(first, count), column_tokens_, plan_.width);
+  marks.mark(DraftStage::kTopk);
+}
+
+int64_t Medusa::score_while_likely(Backend& backend, StageMarks& marks) {
+  const double least = std::log(min_probability_ * kLevelOverNode);
+  double best = 0.0;  // of the level, where every head has its first choice
+  int64_t scored = 0;
+  while (scored < plan_.depth) {
+    score(backend, scored, 1, marks);
+    best += logprobs_[scored * plan_.width];
+    ++scored;
+    if (!(best >= least)) break;
+  }
+  return scored;
+}
+
+int32_t Medusa::keep_likely_nodes(int64_t scored) {
+  const auto min_score = static_cast<float>(std::log(min_probability_));
+  int32_t kept = 1;
+  for (size_t node = 1; node < plan_.parents.size(); ++node) {
+    numbers_[node] = -1;
+    const auto parent = static_cast<size_t>(plan_.parents[node]);
+    const int32_t candidate = plan_.candidates[node];
+    if (numbers_[parent] < 0 || candidate >= scored * plan_.width) continue;
+    scores_[node] = scores_[parent] + logprobs_[candidate];
+    if (!(scores_[node] >= min_score)) continue;
+    likely_parents_[static_cast<size_t>(kept)] = numbers_[parent];
+    likely_candidates_[static_cast<size_t>(kept)] = candidate;
+    numbers_[node] = kept++;
+  }
+  return kept;
+}
+
+int32_t Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t,
+                      StageMarks& marks) {
+  DraftTree built = tree;
+  StaticTree shape = shape_;
+  if (min_probability_ > 0.0) {
+    built.nodes = keep_likely_nodes(score_while_likely(backend, marks));
+    shape = {likely_parents_.data(), likely_candidates_.data()};
+  } else if (plan_.depth > 0) {
+    score(backend, 0, plan_.depth, marks);
+  }
+  backend.build_static_tree(built, shape, candidate_tokens_, root);
   marks.mark(DraftStage::kTree);
+  return built.nodes;
 }
 
 }  // namespace frspec

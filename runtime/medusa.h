@@ -26,6 +26,9 @@ class Medusa final : public DraftModel {
 
   Method method() const override { return Method::kMedusa; }
   bool remembers() const override { return false; }
+  TreeShape tree_shape() const override {
+    return {plan_.depth, plan_.width, tree_nodes(), min_probability_};
+  }
   int64_t head_width() const override;
   int32_t tree_nodes() const override { return static_cast<int32_t>(plan_.parents.size()); }
   int32_t tree_depth() const override { return plan_.depth; }
@@ -36,8 +39,8 @@ class Medusa final : public DraftModel {
   void observe(Backend& backend, const Tensor& features, const int32_t* rows,
                const int32_t* next_tokens, const int32_t* end, int64_t n, int64_t length_bound,
                StageMarks& marks) override;
-  void draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t length_bound,
-             StageMarks& marks) override;
+  int32_t draft(Backend& backend, const DraftTree& tree, const TreeRoot& root, int64_t length_bound,
+                StageMarks& marks) override;
 
  private:
   struct Head {
@@ -45,11 +48,20 @@ class Medusa final : public DraftModel {
     LinearWeight lm_head;              // [S, d]
   };
 
+  // The candidates of the heads first ... first + count - 1.
+  void score(Backend& backend, int64_t first, int64_t count, StageMarks& marks);
+  // Those of one head after another while a further level pays. Returns of how many.
+  int64_t score_while_likely(Backend& backend, StageMarks& marks);
+  // Numbers the nodes of the plan whose paths are likely enough, in likely_*; `scored`: the heads
+  // that have candidates. Returns how many there are.
+  int32_t keep_likely_nodes(int64_t scored);
+
   MedusaConfig config_;
   int64_t vocab_size_;
   std::vector<int32_t> sub_vocab_;
   MedusaTree plan_;
-  std::string prefix_;  // of the checkpoint's tensor names
+  double min_probability_;  // 0 for a whole tree of the user's
+  std::string prefix_;      // of the checkpoint's tensor names
 
   std::vector<Head> heads_;           // [depth of the tree]
   int32_t* column_tokens_ = nullptr;  // [S] token of each column; null: the identity
@@ -61,6 +73,12 @@ class Medusa final : public DraftModel {
   int32_t* feature_rows_ = nullptr;      // [heads] 0
   float* logprobs_ = nullptr;            // [heads, width]
   int32_t* candidate_tokens_ = nullptr;  // [heads, width]
+
+  // With a min_probability, where the host sees the scores; [nodes of the plan] each.
+  std::vector<float> scores_;     // log-probability of the path
+  std::vector<int32_t> numbers_;  // of a kept node among those, -1: not kept
+  std::vector<int32_t> likely_parents_;
+  std::vector<int32_t> likely_candidates_;
 };
 
 }  // namespace frspec

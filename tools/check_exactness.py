@@ -21,11 +21,6 @@ from rich.progress import track
 import frspec
 
 
-def parse_tree(text: str) -> frspec.Tree:
-    depth, topk, tokens = map(int, text.split("x"))
-    return frspec.Tree(depth, topk, tokens)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -70,7 +65,7 @@ def main() -> int:
             args.ranking,
             vocab_size=size if size == "full" else int(size),
             threads=args.threads,
-            tree=parse_tree(tree),
+            tree=frspec.Tree.parse(tree),
         )
         for temperature in args.temperatures:
             began = time.perf_counter()

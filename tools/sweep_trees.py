@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", default="full", help="columns of the draft head, or full")
     parser.add_argument("--prompts", required=True, type=Path, help="Spec-Bench JSON lines")
     parser.add_argument("--limit", type=int, default=8, help="prompts, spread over the file")
-    parser.add_argument("--trees", nargs="+", required=True, metavar="DEPTHxTOPKxTOKENS")
+    parser.add_argument("--trees", nargs="+", required=True, metavar="DEPTHxTOPKxTOKENS[@P]")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
@@ -47,7 +47,7 @@ def main() -> None:
             vocab_size=args.vocab_size if args.vocab_size == "full" else int(args.vocab_size),
             max_context=2048,
             threads=args.threads,
-            tree=frspec.Tree(*map(int, tree.split("x"))),
+            tree=frspec.Tree.parse(tree),
         )
         for tree in args.trees
     }

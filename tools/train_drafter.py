@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 import frspec
 from frspec.files import write_whole
+from frspec.options import tree
 
 try:
     import torch
@@ -219,9 +220,7 @@ def _add_measure(commands) -> argparse.ArgumentParser:
     parser.add_argument("--questions", type=int, default=40, help="at most")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument(
-        "--tree", type=int, nargs=3, metavar=("DEPTH", "TOPK", "TOKENS"), help="of the drafts"
-    )
+    parser.add_argument("--tree", type=tree, metavar="DEPTHxTOPKxTOKENS[@P]", help="of the drafts")
     parser.add_argument("--ranking", type=Path, help="ranking file, for --vocab-size")
     parser.add_argument("--vocab-size", type=int, help="tokens that the drafter scores")
     parser.set_defaults(run=_measure)
@@ -230,7 +229,7 @@ def _add_measure(commands) -> argparse.ArgumentParser:
 
 def _measure(args: argparse.Namespace, progress: Progress) -> None:
     drafting = {
-        "tree": None if args.tree is None else frspec.Tree(*args.tree),
+        "tree": args.tree,
         "ranking": args.ranking,
         "vocab_size": args.vocab_size,
     }
@@ -241,7 +240,7 @@ def _measure(args: argparse.Namespace, progress: Progress) -> None:
     path = args.drafter / "training.json"
     if path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
-        name = "default" if args.tree is None else "x".join(map(str, args.tree))
+        name = "default" if args.tree is None else str(args.tree)
         name += f", {args.vocab_size} tokens" if args.vocab_size else ""
         report.setdefault("held_out_accept_length", {})[name] = found
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())

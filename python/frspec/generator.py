@@ -26,11 +26,36 @@ Method = Literal["plain", "eagle2", "medusa"]
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Shape of the draft tree: `depth` levels, a beam of `topk`, `tokens` nodes with the root."""
+    """Shape of the draft tree: `depth` levels, a beam of `topk`, `tokens` nodes with the root.
+
+    With a `min_probability` these are limits: only tokens whose path from the root the drafter
+    takes to be at least that likely are verified and drafted from, so that each round is as deep
+    and as wide as it is likely to pay. On a GPU it must be 0: all trees have the same shape.
+
+    Written as a text, "6x10x60" or "4x4x8@0.05".
+    """
 
     depth: int
     topk: int
     tokens: int
+    min_probability: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Tree:
+        """Of the text form. RequestError for another."""
+        sizes, at, probability = text.partition("@")
+        try:
+            depth, topk, tokens = map(int, sizes.split("x"))
+            return cls(depth, topk, tokens, float(probability) if at else 0.0)
+        except ValueError:
+            raise RequestError(
+                f"tree: expected DEPTHxTOPKxTOKENS or DEPTHxTOPKxTOKENS@MIN_PROBABILITY, for"
+                f" example 6x10x60, found {_short(text)}"
+            ) from None
+
+    def __str__(self) -> str:
+        least = f"@{self.min_probability:g}" if self.min_probability else ""
+        return f"{self.depth}x{self.topk}x{self.tokens}{least}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,9 +430,9 @@ def plan_engine(
         "threads": _option("threads", threads),
         "tree": None
         if tree is None
-        else tuple(
-            _number(f"tree {name}", size, int, _INT32)
-            for name, size in dataclasses.asdict(tree).items()
+        else (
+            *(_number(f"tree {name}", getattr(tree, name), int, _INT32) for name in _TREE_SIZES),
+            _number("tree min_probability", tree.min_probability, float),
         ),
     }
     engine = Engine(
@@ -440,6 +465,7 @@ def _timings(load_s: float, seconds: Mapping[str, float], decoded_tokens: int) -
 
 
 _INT32 = (-(2**31), 2**31 - 1)
+_TREE_SIZES = ("depth", "topk", "tokens")
 _INT64 = (-(2**63), 2**63 - 1)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+from .errors import RequestError
 from .generator import Tree, default_tree
 from .medusa import read_medusa_choices
 
@@ -91,15 +92,22 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tree_options(parser: argparse.ArgumentParser) -> None:
-    """--tree-depth, --tree-topk, --tree-tokens"""
+    """--tree-depth, --tree-topk, --tree-tokens, --tree-min-probability"""
     group = parser.add_argument_group("draft tree")
     for option, metavar, help, cpu, gpu in (
-        ("--tree-depth", "D", "levels drafted in a round", 1, 6),
-        ("--tree-topk", "K", "nodes kept in each level", 3, 10),
-        ("--tree-tokens", "N", "nodes verified in a round", 4, 60),
+        ("--tree-depth", "D", "levels drafted in a round", 4, 6),
+        ("--tree-topk", "K", "nodes kept in each level", 4, 10),
+        ("--tree-tokens", "N", "nodes verified in a round", 6, 60),
     ):
         help += f" (default: {cpu} on a CPU, {gpu} on a GPU)"
         group.add_argument(option, type=int, metavar=metavar, help=help)
+    group.add_argument(
+        "--tree-min-probability",
+        type=float,
+        metavar="P",
+        help="leave out nodes whose path the drafter takes to be less likely; 0 keeps all that the"
+        " sizes allow (default: 0.08 on a CPU, 0 on a GPU, where nothing else is possible)",
+    )
 
 
 def add_request_options(parser: argparse.ArgumentParser) -> None:
@@ -172,10 +180,19 @@ def generator_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
+def tree(text: str) -> Tree:
+    """The type of an option that takes a whole tree as a text."""
+    try:
+        return Tree.parse(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def draft_tree(args: argparse.Namespace) -> Tree | None:
     """The tree of --tree-*, with the defaults for what is not given; None when nothing is."""
-    sizes = {"depth": args.tree_depth, "topk": args.tree_topk, "tokens": args.tree_tokens}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    fields = ("depth", "topk", "tokens", "min_probability")
+    given = {name: getattr(args, f"tree_{name}") for name in fields}
+    given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(default_tree(args.device), **given) if given else None
 
 

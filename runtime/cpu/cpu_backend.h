@@ -43,7 +43,7 @@ class CpuBackend final : public Backend {
 
   DeviceInfo info() const override;
   // Verified nodes cost time on a CPU, so the tree is small; docs/cpu.md has the measurement.
-  TreeShape default_tree() const override { return {1, 3, 4}; }
+  TreeShape default_tree() const override { return {4, 4, 6, 0.08}; }
   DType activation_dtype(DType) const override { return DType::kF32; }
   DType input_dtype(DType weight_dtype) const override {
     return kernels_.rounds_inputs[static_cast<int>(weight_dtype)] ? DType::kBF16 : DType::kF32;
@@ -54,6 +54,7 @@ class CpuBackend final : public Backend {
   }
   size_t kv_bytes(const KvLayer& layer) const override;
   int64_t prompt_chunk() const override { return 0; }
+  bool host_sees_results() const override { return true; }
   int64_t length_bound(int64_t length) const override { return length; }
   void layout(Arena& arena, const WorkspaceLimits& limits) override;
   void* allocate(size_t bytes) override;

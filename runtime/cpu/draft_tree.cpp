@@ -69,7 +69,7 @@ void CpuBackend::number_rows(int32_t* positions, int32_t* prefix, const int32_t*
 void CpuBackend::expand_beam(const DraftPool& pool, const DraftLevel& level) {
   const int count = level.rows * level.topk;
   for (int i = 0; i < count; ++i) add_candidate(pool, level, i);
-  keep_best(pool.scores, first_candidate(level), count, level.topk, pool.beam);
+  keep_best(pool.scores, level.first, count, level.topk, pool.beam);
   for (int j = 0; j < level.topk; ++j) write_beam_row(pool, level, j);
 }
 

@@ -88,6 +88,7 @@ void grow(Backend& backend, Growth& g, int32_t committed, bool ties, Random& ran
     step.level = level;
     step.rows = rows;
     step.topk = g.topk;
+    step.first = static_cast<int32_t>(g.plain.size());
     step.logprobs = logprobs.data();
     step.tokens = tokens.data();
     step.committed = &committed;

@@ -60,7 +60,8 @@ Request make_request(Method method, float temperature) {
 
 TEST_CASE("speculative output equals plain output") {
   for (const TreeShape tree :
-       {TreeShape{1, 1, 2}, TreeShape{3, 4, 12}, TreeShape{6, 10, 60}, TreeShape{5, 16, 256}}) {
+       {TreeShape{1, 1, 2}, TreeShape{3, 4, 12}, TreeShape{6, 10, 60}, TreeShape{5, 16, 256},
+        TreeShape{4, 4, 8, 0.06}, TreeShape{6, 10, 60, 0.001}}) {
     Engine engine(tiny_options("exact", tree));
     engine.load();
     for (const float temperature : {0.0f, 1.0f}) {

@@ -155,8 +155,8 @@ TEST_CASE("choices that are no tree are refused by name") {
 }
 
 TEST_CASE("speculative output equals plain output") {
-  for (const TreeShape tree :
-       {TreeShape{1, 1, 1}, TreeShape{1, 3, 4}, TreeShape{6, 10, 60}, TreeShape{4, 10, 64}}) {
+  for (const TreeShape tree : {TreeShape{1, 1, 1}, TreeShape{1, 3, 4}, TreeShape{6, 10, 60},
+                               TreeShape{4, 10, 64}, TreeShape{4, 10, 64, 0.01}}) {
     for (const int64_t layers : {1, 2}) {
       Engine engine(medusa_options("exact", tree, {4, layers, "", 0}));
       engine.load();

@@ -61,6 +61,11 @@ TEST_CASE("speculative output equals plain output") {
   }
 }
 
+TEST_CASE("trees have one shape") {
+  CHECK_THROWS_WITH_AS(Engine(tiny_options("shape", {4, 4, 8, 0.06})),
+                       doctest::Contains("min_probability must be 0 on cuda:0"), RequestError);
+}
+
 TEST_CASE("with a sub-vocabulary, too") {
   for (const int64_t size : {5, 64}) {
     EngineOptions options = tiny_options("sub_vocab", {4, 5, 24});

@@ -75,6 +75,7 @@ struct Draft {
     level.level = number;
     level.rows = number == 1 ? 1 : topk;
     level.topk = topk;
+    level.first = number == 1 ? 0 : pool_capacity(number - 1, topk);
     level.logprobs = at(float{}, logprobs);
     level.tokens = at(int32_t{}, candidate_tokens);
     level.committed = at(int32_t{}, root) + 1;

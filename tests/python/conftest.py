@@ -167,9 +167,9 @@ def new_generator() -> Callable[..., object]:
 
 @pytest.fixture
 def new_tiny_generator(tiny_models):
-    """new(model, drafter=None, vocab_size=None, tree=(depth, topk, tokens), **options).
+    """new(model, drafter=None, vocab_size=None, tree=None, **options).
 
-    drafter: a TinyDrafter or a TinyMedusa.
+    drafter: a TinyDrafter or a TinyMedusa. tree: (depth, topk, tokens[, min_probability]).
     """
 
     def new(model: tiny.TinyModel, drafter=None, vocab_size=None, tree=None, **options):
@@ -186,8 +186,7 @@ def new_tiny_generator(tiny_models):
             options["ranking"] = str(tiny_models.ranking(model).path)
             options["vocab_size"] = vocab_size
         if tree is not None:
-            depth, topk, tokens = tree
-            options["tree"] = frspec.Tree(depth=depth, topk=topk, tokens=tokens)
+            options["tree"] = frspec.Tree(*tree)
         return make_generator(folder, **options)
 
     return new

@@ -409,6 +409,8 @@ def test_prompt_longer_than_the_context(refused, files, tmp_path) -> None:
         ("--seed", "x"), ("--seed", str(2**70)), ("--stop", ""), ("--threads", "0"),
         ("--threads", "-2"), ("--threads", str(10**9)), ("--tree-depth", "0"),
         ("--tree-topk", "-1"), ("--tree-tokens", "257"), ("--tree-tokens", "0"),
+        ("--tree-min-probability", "1"), ("--tree-min-probability", "-0.1"),
+        ("--tree-min-probability", "nan"), ("--tree-min-probability", "often"),
         ("--max-context", "1"), ("--max-context", "-7"), ("--max-context", str(2**40)),
         ("--memory-limit", "lots"), ("--memory-limit", "0"), ("--memory-limit", "-1GB"),
         ("--memory-limit", "9" * 400),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from command_line import run_frspec
-from frspec import Tree, demo
+from frspec import RequestError, Tree, demo
 from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
 from frspec.generator import default_tree
 from frspec.options import draft_tree
@@ -135,6 +135,15 @@ def test_tree_options_complete_the_default() -> None:
     demo.add_arguments(parser)
     default = default_tree()
     assert draft_tree(parser.parse_args(["--tree-depth", "4"])) == Tree(
-        4, default.topk, default.tokens
+        4, default.topk, default.tokens, default.min_probability
     )
     assert draft_tree(parser.parse_args([])) is None
+
+
+def test_trees_as_texts() -> None:
+    for text, tree in [("6x10x60", Tree(6, 10, 60)), ("4x4x8@0.06", Tree(4, 4, 8, 0.06))]:
+        assert Tree.parse(text) == tree
+        assert str(tree) == text
+    for text in ["6x10", "6x10x60x2", "axbxc", "4x4x8@", "4x4x8@much", "", "4x4x8@0.1@0.2"]:
+        with pytest.raises(RequestError, match="expected DEPTHxTOPKxTOKENS"):
+            Tree.parse(text)

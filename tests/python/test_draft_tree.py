@@ -26,7 +26,7 @@ DRAFTERS = {
     ),
 }
 
-# (depth, topk, tokens)
+# (depth, topk, tokens[, min_probability])
 TREES = [
     (1, 1, 1), (3, 4, 1), (1, 1, 2), (4, 1, 5), (1, 10, 11), (2, 2, 5), (3, 4, 13),
     (6, 10, 59), (6, 10, 60), (5, 10, 63), (5, 8, 64), (6, 10, 65), (5, 10, 100), (6, 10, 256),
@@ -41,9 +41,10 @@ class Comparison:
     def __init__(self, step_rounds, reference, margin: float = MARGIN) -> None:
         self.step_rounds, self.reference, self.margin = step_rounds, reference, margin
         self.compared = self.near_ties = 0
+        self.sizes: set[int] = set()
 
     def run(self, generator, prompt, tree, sub_vocab=None, **options) -> None:
-        depth, topk, tokens = tree
+        depth, topk, tokens, min_probability = (*tree, 0.0)[:4]
         sequence = list(prompt)
         for each in self.step_rounds(generator, prompt, method="eagle2", **options):
             assert each.before == sequence
@@ -53,13 +54,14 @@ class Comparison:
             _, features = self.reference.target.forward(each.before[:-1])
             expected = self.reference.draft(
                 each.before, features,
-                depth=depth, topk=topk, tree_tokens=tokens, sub_vocab=sub_vocab,
+                depth=depth, topk=topk, tree_tokens=tokens, min_probability=min_probability,
+                sub_vocab=sub_vocab,
             )  # fmt: skip
-            assert each.tokens.shape == each.parents.shape == expected.tokens.shape
-            assert each.logits.shape[0] == len(each.tokens)
+            assert each.logits.shape[0] == len(each.tokens) == len(each.parents)
             if expected.margin < self.margin:
                 self.near_ties += 1
                 continue
+            self.sizes.add(len(expected.tokens))
             np.testing.assert_array_equal(each.tokens, expected.tokens)
             np.testing.assert_array_equal(each.parents, expected.parents)
             self.compared += 1
@@ -82,6 +84,21 @@ def test_tree_shapes(tiny_models, new_tiny_generator, step_rounds, tree, size):
         comparison.run(generator, prompt, tree, sub_vocab, max_new_tokens=6)
     assert comparison.compared >= 1
     assert comparison.compared > comparison.near_ties or tree[2] > 100
+
+
+@pytest.mark.parametrize("size", [None, 33], ids=lambda size: f"vocab_{size or 'full'}")
+@pytest.mark.parametrize("least", [1e-4, 0.01, 0.06, 0.3, 0.9])
+def test_unlikely_nodes_are_left_out(tiny_models, new_tiny_generator, step_rounds, least, size):
+    model, tree = tiny.FAMILIES["llama3"], (5, 4, 64, least)
+    _, reference = tiny_models.drafter(model, DRAFTERS["plain"])
+    generator = new_tiny_generator(model, drafter=DRAFTERS["plain"], vocab_size=size, tree=tree)
+    sub_vocab = tiny_models.ranking(model).sub_vocab(size) if size else None
+    comparison = Comparison(step_rounds, reference)
+    for seed in range(3):
+        prompt = prompt_of(model, 5 + 9 * seed, seed)
+        comparison.run(generator, prompt, tree, sub_vocab, max_new_tokens=16)
+    assert comparison.compared > comparison.near_ties
+    assert len(comparison.sizes) > 1, "trees of one size prove nothing"
 
 
 @pytest.mark.parametrize("size", [None, 50], ids=lambda size: f"vocab_{size or 'full'}")

@@ -123,7 +123,10 @@ def test_report_has_the_tables(finished) -> None:
         n for r in records(out) if r["method"] == "eagle2" and r["task"] == "mt"
         for n in r["accept_lengths"]
     ]  # fmt: skip
-    assert "tree of depth 1, top 3, 4 tokens" in report and "12 new tokens at most" in report
+    assert (
+        "tree of depth 4, top 4, 6 tokens, each with a path of probability 0.08" in report
+        and "12 new tokens at most" in report
+    )
     row = next(line for line in report.splitlines() if line.startswith("| EAGLE-2 |"))
     assert row.split("|")[2].strip() == f"{sum(accept) / len(accept):.2f}"
 

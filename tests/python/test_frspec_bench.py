@@ -113,11 +113,12 @@ def test_configurations_one_by_one(model, tmp_path) -> None:
     (tmp_path / "prompt").write_text("1 2 3\n4 5")
     report, text = measure(
         tmp_path / "report.json", *drafting(model), "--no-breakdown",
-        *("--compare", "full", "256", "128:2x3x6", "--token-ids", tmp_path / "prompt"),
+        *("--compare", "full", "256", "128:2x3x6@0.25", "--token-ids", tmp_path / "prompt"),
     )  # fmt: skip
     assert [(run["vocab_size"], run["tree"]) for run in report["runs"]] == [
-        ("full", [1, 3, 4]), ("256", [1, 3, 4]), ("128", [2, 3, 6])
+        ("full", [4, 4, 6]), ("256", [4, 4, 6]), ("128", [2, 3, 6])
     ]  # fmt: skip
+    assert [run["tree_min_probability"] for run in report["runs"]] == [0.08, 0.08, 0.25]
     assert {run["prompt_file"] for run in report["runs"]} == {str(tmp_path / "prompt")}
     assert {run["prompt_tokens"] for run in report["runs"]} == {5}
     assert not any("breakdown" in run["drafted"] for run in report["runs"])
@@ -130,7 +131,8 @@ def test_the_stages_of_drafting_are_its_time(model, tmp_path, drafter, method) -
         tmp_path / "report.json", *drafting(model, drafter),
         *("--vocab-sizes", "full", 256, "--trees", "4x8x20", "--prompt-tokens", 20),
     )  # fmt: skip
-    assert "softmax, top-k" in text and f"{method} 256 4x8x20" in text
+    tree = "4x8x20" if drafter == "drafter" else "3x8x20"  # there are three heads
+    assert "softmax, top-k" in text and f"{method} 256 {tree}" in text
     for run in report["runs"]:
         check_run(run)
         breakdown = run["drafted"]["breakdown"]
@@ -206,6 +208,9 @@ def test_refusals(model, tmp_path) -> None:
         ([*drafting(model), "--vocab-sizes", "0"], "expected a number or full, found '0'"),
         ([*drafting(model), "--trees", "6x10"], "--trees: expected DEPTHxTOPKxTOKENS"),
         ([*drafting(model), "--trees", "6x10x60x2"], "found '6x10x60x2'"),
+        ([*drafting(model), "--trees", "6x10x60@"], "found '6x10x60@'"),
+        ([*drafting(model), "--trees", "6@0.1x10x60"], "found '6@0.1x10x60'"),
+        ([*drafting(model), "--trees", "1x3x4@1.5"], "must be in [0, 1), found 1.5"),
         ([*drafting(model), "--trees", "1x999x4"], "tree topk must be 1 to 64, found 999"),
         ([*drafting(model), "--compare", "full:"], "--compare: expected DEPTHxTOPKxTOKENS"),
         ([*drafting(model), "--compare", "full", "--trees", "1x3x4"], "--trees"),

@@ -34,6 +34,7 @@ from frspec.evaluation.methods import short_size
 from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
 from frspec.files import write_whole
+from frspec.options import tree
 from frspec.tokenizer import Tokenizer
 
 PLAIN = "frspec, plain"
@@ -53,9 +54,17 @@ def main() -> int:
         "--vocab-sizes", nargs="+", type=int, default=[32768, 16384, 8192], help="of EAGLE-2 + FR"
     )
     parser.add_argument(
-        "--tree", nargs=3, type=int, metavar=("DEPTH", "TOPK", "TOKENS"),
+        "--tree",
+        type=tree,
+        metavar="DEPTHxTOPKxTOKENS[@P]",
         help="of EAGLE-2 (default: the CPU's)",
-    )  # fmt: skip
+    )
+    parser.add_argument(
+        "--medusa-tree",
+        type=tree,
+        metavar="DEPTHxTOPKxTOKENS[@P]",
+        help="of Medusa (default: the CPU's)",
+    )
     parser.add_argument("--medusa-vocab-size", type=int, default=16384, help="of Medusa + FR")
     parser.add_argument(
         "--tasks",
@@ -128,15 +137,13 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Process]:
         "device": "cpu",
     }
     wanted: list[tuple[str, Any, dict[str, Any]]] = [(PLAIN, Frspec, own)]
-    for label, drafter, sizes in (
-        ("EAGLE-2", args.drafter, args.vocab_sizes),
-        ("Medusa", args.medusa, [args.medusa_vocab_size]),
+    for label, drafter, shape, sizes in (
+        ("EAGLE-2", args.drafter, args.tree, args.vocab_sizes),
+        ("Medusa", args.medusa, args.medusa_tree, [args.medusa_vocab_size]),
     ):
         if drafter is None:
             continue
-        options = own | {"drafter": drafter}
-        if label == "EAGLE-2" and args.tree is not None:
-            options["tree"] = frspec.Tree(*args.tree)
+        options = own | {"drafter": drafter, "tree": shape}
         wanted.append((f"frspec, {label}", Frspec, options))
         for size in sizes if args.ranking else []:
             ranked = options | {"ranking": args.ranking, "vocab_size": size}

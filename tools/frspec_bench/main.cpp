@@ -48,10 +48,14 @@ TreeShape parse_tree(const char* option, const std::string& text) {
   TreeShape tree;
   const size_t first = text.find('x');
   const size_t second = first == std::string::npos ? first : text.find('x', first + 1);
+  const size_t end = std::min(text.find('@'), text.size());
   FRSPEC_CHECK(second != std::string::npos && parse_number(text.substr(0, first), tree.depth) &&
                    parse_number(text.substr(first + 1, second - first - 1), tree.topk) &&
-                   parse_number(text.substr(second + 1), tree.tokens),
-               RequestError, option, ": expected DEPTHxTOPKxTOKENS, for example 6x10x60, found '",
+                   parse_number(text.substr(second + 1, end - second - 1), tree.tokens) &&
+                   (end == text.size() || parse_number(text.substr(end + 1), tree.min_probability)),
+               RequestError, option,
+               ": expected DEPTHxTOPKxTOKENS or DEPTHxTOPKxTOKENS@MIN_PROBABILITY, for example"
+               " 6x10x60, found '",
                text, "'");
   return tree;
 }
@@ -229,8 +233,9 @@ int main(int argc, char** argv) {
                                       " each is measured with each of --trees")
                            ->option_text("SIZE...");
   CLI::Option* trees = app.add_option("--trees", words.trees,
-                                      "depth, top-k and tokens of the draft tree, such as 6x10x60"
-                                      " (default: what suits the device)")
+                                      "depth, top-k and tokens of the draft tree, such as 6x10x60,"
+                                      " and on a CPU the least probability of a node, such as"
+                                      " 4x4x8@0.06 (default: what suits the device)")
                            ->option_text("TREE...");
   CLI::Option* compare =
       app.add_option("--compare", words.compare,

@@ -89,7 +89,8 @@ std::string run_name(const std::vector<Run>& runs, const Run& run) {
     name += concat(" ", std::filesystem::path(run.configuration.drafter).filename().string());
   }
   return concat(name, " ", size_name(run.configuration), " ", run.tree.depth, "x", run.tree.topk,
-                "x", run.tree.tokens);
+                "x", run.tree.tokens,
+                run.tree.min_probability > 0 ? concat("@", run.tree.min_probability) : "");
 }
 
 void print_speed(const std::vector<Run>& runs) {
@@ -202,6 +203,7 @@ json describe(const Run& run) {
   result["drafter"] = run.configuration.drafter;
   result["vocab_size"] = size_name(run.configuration);
   result["tree"] = {run.tree.depth, run.tree.topk, run.tree.tokens};
+  result["tree_min_probability"] = run.tree.min_probability;
   json& drafted = result["drafted"] = describe_samples(run.drafted);
   drafted["method"] = method_name(run.method);
   drafted["over_plain"] = quantiles(run.over_plain);

@@ -59,11 +59,18 @@ class Candidate:
     score: float
 
 
+LEVEL_OVER_NODE = 4
+
+
 class Margin:
     """The smallest gap between neighbours of the sorted lists that decide the tree."""
 
     def __init__(self) -> None:
         self.value = np.inf
+
+    def reaches(self, score: float, least: float) -> bool:
+        self.value = min(self.value, abs(score - least))
+        return score >= least
 
     def top(self, scores: np.ndarray, count: int) -> np.ndarray:
         """Indices of the `count` largest, best first, the lower index first among equals."""
@@ -119,12 +126,16 @@ class Eagle:
         depth: int,
         topk: int,
         tree_tokens: int,
+        min_probability: float = 0.0,
         sub_vocab: np.ndarray | None = None,
     ) -> DraftTree:
         """The tree under the root tokens[P], given features[0..P-1] of the tokens before it.
 
-        sub_vocab: ascending token ids the head is restricted to (None: all of them).
+        min_probability: nodes of less likely paths are left out, and levels below paths that are
+        less than LEVEL_OVER_NODE times as likely. sub_vocab: ascending token ids the head is
+        restricted to (None: all of them).
         """
+        least = np.log(min_probability) if min_probability else -np.inf
         vocab = np.arange(len(self.target.head)) if sub_vocab is None else np.sort(sub_vocab)
         head = self.target.head[vocab]
         width = min(topk, len(vocab))
@@ -149,9 +160,13 @@ class Eagle:
                 break
             parent_rows = {node: row for node, row, _ in beam}
             scores = np.array([candidate.score for candidate in pool[first:]])
+            if not margin.reaches(scores.max(), least + np.log(LEVEL_OVER_NODE)):
+                break
             beam = []
             for index in first + margin.top(scores, width):
                 candidate = pool[index]
+                if not margin.reaches(candidate.score, least):
+                    break
                 parent = parent_rows[candidate.parent]
                 row = len(row_tokens)
                 row_tokens = np.append(row_tokens, candidate.token)
@@ -163,7 +178,8 @@ class Eagle:
                 beam.append((int(index), row, candidate.score))
 
         scores = np.array([candidate.score for candidate in pool])
-        kept = margin.kept(scores, min(tree_tokens - 1, len(pool)))
+        likely = sum(margin.reaches(score, least) for score in scores)
+        kept = margin.kept(scores, min(tree_tokens - 1, likely))
         node_of = {-1: 0} | {int(index): node for node, index in enumerate(kept, start=1)}
         return DraftTree(
             tokens=np.array([tokens[-1], *(pool[index].token for index in kept)]),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reference.eagle import DraftTree, Margin
+from reference.eagle import LEVEL_OVER_NODE, DraftTree, Margin
 from reference.llama import Llama, log_softmax, silu
 from reference.storage import read_folder
 
@@ -46,28 +46,38 @@ class Medusa:
         features: np.ndarray,
         *,
         paths: list[list[int]],
+        min_probability: float = 0.0,
         sub_vocab: np.ndarray | None = None,
     ) -> DraftTree:
         """The tree under the root tokens[P], given features[0..P-1] of the tokens before it.
 
-        Its nodes are ordered by depth, and those of one depth by their paths.
+        Its nodes are ordered by depth, and those of one depth by their paths. min_probability: as
+        of an EAGLE tree.
         """
+        least = np.log(min_probability) if min_probability else -np.inf
         vocab = np.arange(len(self.target.head)) if sub_vocab is None else np.sort(sub_vocab)
         margin = Margin()
         width = 1 + max(max(path) for path in paths)
-        best, logprobs = [], []
+        best, logprobs, first_choices = [], [], 0.0
         for head in range(max(map(len, paths))):
+            if head and not margin.reaches(first_choices, least + np.log(LEVEL_OVER_NODE)):
+                break
             lm_head = self.weights[f"{head}.{self.layers}.weight"][vocab]
             logprobs.append(log_softmax(lm_head @ self.hidden(head, features[-1:])[0]))
             best.append(margin.top(logprobs[-1], width))
-        nodes = [(), *sorted(map(tuple, paths), key=lambda path: (len(path), path))]
-        columns = [best[len(path) - 1][path[-1]] for path in nodes[1:]]
-        scores = [0.0]
-        for path, column in zip(nodes[1:], columns, strict=True):
-            parent = scores[nodes.index(path[:-1])]
-            scores.append(parent + logprobs[len(path) - 1][column])
+            first_choices += logprobs[-1].max()
+        nodes, drafted, scores = [()], [tokens[-1]], [0.0]
+        for path in sorted(map(tuple, paths), key=lambda path: (len(path), path)):
+            if len(path) > len(best) or path[:-1] not in nodes:
+                continue
+            column = best[len(path) - 1][path[-1]]
+            score = scores[nodes.index(path[:-1])] + logprobs[len(path) - 1][column]
+            if margin.reaches(score, least):
+                nodes.append(path)
+                drafted.append(vocab[column])
+                scores.append(score)
         return DraftTree(
-            tokens=np.array([tokens[-1], *(vocab[column] for column in columns)]),
+            tokens=np.array(drafted),
             parents=np.array([-1, *(nodes.index(path[:-1]) for path in nodes[1:])]),
             scores=np.array(scores),
             margin=float(margin.value),
