@@ -133,7 +133,10 @@ NB_MODULE(_core, m) {
             options.max_context = max_context;
             options.memory_limit = memory_limit;
             options.threads = threads;
-            if (tree) options.tree = std::make_from_tuple<frspec::TreeShape>(*tree);
+            if (tree) {
+              const auto& [depth, topk, tokens, min_probability] = *tree;
+              options.tree = frspec::TreeShape{depth, topk, tokens, min_probability};
+            }
             if (medusa_published || !medusa_paths.empty() || !medusa_accuracies.empty()) {
               options.medusa_tree = {std::move(medusa_paths), std::move(medusa_accuracies),
                                      medusa_published.value_or("")};

@@ -80,7 +80,8 @@ struct Visible {
   int64_t max_length = 0;  // host: upper bound of the visible slots of any row
 };
 
-// Which work run() is given: the same key, the same ops with the same arguments.
+// Which work run() is given: the same key, the same ops with the same arguments, except where the
+// host sees results and goes on according to them.
 struct WorkKey {
   enum Kind : int32_t { kPlainRound, kDraftedRound, kPlantedRound, kObserve } kind;
   int32_t rows;
@@ -151,8 +152,9 @@ class Backend {
 
   // ==== Repeated work
 
-  // Does `body`, which calls ops (and mark, post) only; a backend may record it and replay the
-  // record at later calls with the same key.
+  // Does `body`, which calls ops (and mark, post) only, or also reads what they wrote where
+  // host_sees_results(); any other backend may record it and replay the record at later calls with
+  // the same key.
   virtual void run(const WorkKey& key, const std::function<void()>& body) = 0;
   // Copies up to kMailboxBytes to where the host reads them after the next synchronize().
   virtual void post(const void* source, size_t bytes) = 0;

@@ -20,8 +20,8 @@ constexpr size_t kDraftStages = 5;
 
 using StageSeconds = std::array<double, kDraftStages>;  // by DraftStage
 
-// The stamps of one observe() or draft(). Which stage each of them ends is the same every time, so
-// that a backend may replay what was marked once.
+// The stamps of one observe() or draft(). Which stage each of them ends is the same every time
+// where a backend replays what was marked once.
 class StageMarks {
  public:
   StageMarks() = default;  // leaves no stamps

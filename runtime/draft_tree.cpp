@@ -1,8 +1,15 @@
 #include "draft_tree.h"
 
+#include <cmath>
+
 #include "arena.h"
 
 namespace frspec {
+
+ScoreLimits score_limits(double min_probability) {
+  return {static_cast<float>(std::log(min_probability)),
+          static_cast<float>(std::log(min_probability * kLevelOverNode))};
+}
 
 DraftTree layout_tree(Arena& arena, const char* plan_name, int32_t nodes) {
   const auto count = static_cast<size_t>(nodes);

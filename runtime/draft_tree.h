@@ -9,6 +9,7 @@
 // the node, in the pool and in the tree.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "host_device.h"
@@ -35,6 +36,13 @@ struct TreeShape {
 // A further level is drafted when the best path so far is this many times min_probability: a level
 // costs a pass of the drafter and its head, a node a row among others.
 constexpr double kLevelOverNode = 4.0;
+
+// The least scores, logarithms of probabilities, that a min_probability asks for.
+struct ScoreLimits {
+  float node;   // of a node's path
+  float level;  // of the best path, for a further level below it
+};
+ScoreLimits score_limits(double min_probability);
 
 // Candidates of the whole pool: topk at level 1, topk^2 at each further level.
 constexpr int pool_capacity(int depth, int topk) { return topk + (depth - 1) * topk * topk; }
@@ -85,7 +93,7 @@ struct DraftTree {
 // Its arrays, for `nodes` nodes.
 DraftTree layout_tree(Arena& arena, const char* plan_name, int32_t nodes);
 
-// A tree whose shape is the same in every round, over candidates that were found for each level.
+// A tree whose shape does not depend on the candidates that were found for each level.
 struct StaticTree {
   const int32_t* parents = nullptr;     // [nodes] parents[0] = -1, parents[i] < i
   const int32_t* candidates = nullptr;  // [nodes] which candidate the node holds; not the root's
@@ -119,7 +127,9 @@ FRSPEC_HOST_DEVICE inline void add_candidate(const DraftPool& pool, const DraftL
   const int32_t node = level.first + index;
   pool.tokens[node] = level.tokens[index];
   pool.parents[node] = parent;
-  pool.scores[node] = (parent < 0 ? 0.0f : pool.scores[parent]) + level.logprobs[index];
+  const float score = (parent < 0 ? 0.0f : pool.scores[parent]) + level.logprobs[index];
+  // What is no number (of damaged weights) comes last, so that there is an order.
+  pool.scores[node] = score == score ? score : -INFINITY;
 }
 
 // The drafter's input of beam node j, which is pool.beam[j] now.

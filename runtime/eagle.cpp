@@ -1,7 +1,6 @@
 #include "eagle.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -30,7 +29,7 @@ Eagle::Eagle(const std::string& folder, const ModelConfig& target, std::vector<i
     read_biases(*checkpoint_, config_);
   }
   topk_ = static_cast<int>(std::min<int64_t>(shape_.topk, head_width()));
-  min_score_ = static_cast<float>(std::log(shape_.min_probability));
+  limits_ = score_limits(shape_.min_probability);
 }
 
 int64_t Eagle::head_width() const {
@@ -171,7 +170,7 @@ void Eagle::expand(Backend& backend, int level, const Tensor& hidden, StageMarks
 
 int Eagle::likely_beam() const {
   if (shape_.min_probability == 0.0) return topk_;
-  if (pool_.scores[pool_.beam[0]] < min_score_ + std::log(kLevelOverNode)) return 0;
+  if (pool_.scores[pool_.beam[0]] < limits_.level) return 0;
   int count = 0;
   while (count < topk_ && is_likely(pool_.beam[count])) ++count;
   return count;

@@ -22,7 +22,9 @@ class Eagle final : public DraftModel {
 
   Method method() const override { return Method::kEagle2; }
   bool remembers() const override { return true; }
-  TreeShape tree_shape() const override { return shape_; }
+  TreeShape tree_shape() const override {
+    return {shape_.depth, topk_, tree_nodes(), shape_.min_probability};
+  }
   int64_t head_width() const override;
   void raise(WorkspaceLimits& limits, int64_t max_context) const override;
   // The KV cache holds the beam besides the slots.
@@ -43,7 +45,7 @@ class Eagle final : public DraftModel {
   // Scores the hidden rows and expands them to the next level of the pool.
   void expand(Backend& backend, int level, const Tensor& hidden, StageMarks& marks);
   // Whether a candidate's path is likely enough to be kept.
-  bool is_likely(int32_t candidate) const { return pool_.scores[candidate] >= min_score_; }
+  bool is_likely(int32_t candidate) const { return pool_.scores[candidate] >= limits_.node; }
   // Nodes of the beam to draft from, which come first in it; 0 where no further level pays.
   int likely_beam() const;
   // Nodes of a tree of at most `nodes`, root included.
@@ -69,8 +71,8 @@ class Eagle final : public DraftModel {
   int32_t* candidate_tokens_ = nullptr;  // [topk, topk]
   DraftPool pool_;
   DraftLevel level_;
-  int32_t candidates_ = 0;                 // in the pool, of this round
-  float min_score_ = 0.0f;                 // log of shape_.min_probability
+  int32_t candidates_ = 0;  // in the pool, of this round
+  ScoreLimits limits_;
   int32_t* observed_positions_ = nullptr;  // [observed rows]; slots are the same numbers
   int32_t* observed_prefix_ = nullptr;     // [observed rows]
   int32_t* row_index_ = nullptr;           // [observed rows] 0, 1, 2, ...

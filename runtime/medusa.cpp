@@ -1,7 +1,6 @@
 #include "medusa.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "check.h"
@@ -63,11 +62,7 @@ Medusa::Medusa(const std::string& folder, const MedusaConfig& config, const Mode
   }
   heads = std::min<int64_t>(heads, kMaxTreeDepth);
   plan_ = plan_medusa_tree(tree_options, shape, heads, head_width());
-  const size_t nodes = plan_.parents.size();
-  scores_.assign(nodes, 0.0f);
-  numbers_.assign(nodes, 0);
-  likely_parents_.assign(nodes, -1);
-  likely_candidates_ = plan_.candidates;
+  limits_ = score_limits(min_probability_);
 }
 
 int64_t Medusa::head_width() const {
@@ -117,6 +112,12 @@ void Medusa::layout(Backend& backend, Arena& arena, const Llama& target, int64_t
   auto* parents = arena.take_array<int32_t>(kBuffers, plan_.parents.size());
   auto* sources = arena.take_array<int32_t>(kBuffers, plan_.candidates.size());
   shape_ = {parents, sources};
+  if (min_probability_ > 0.0) {
+    scores_ = arena.take_array<float>(kBuffers, plan_.parents.size());
+    numbers_ = arena.take_array<int32_t>(kBuffers, plan_.parents.size());
+    likely_parents_ = arena.take_array<int32_t>(kBuffers, plan_.parents.size());
+    likely_candidates_ = arena.take_array<int32_t>(kBuffers, plan_.parents.size());
+  }
   if (arena.planning()) return;
   const auto upload = [&](int32_t* to, const std::vector<int32_t>& from) {
     backend.upload(to, from.data(), from.size() * sizeof(int32_t));
@@ -155,30 +156,31 @@ void Medusa::score(Backend& backend, int64_t first, int64_t count, StageMarks& m
 }
 
 int64_t Medusa::score_while_likely(Backend& backend, StageMarks& marks) {
-  const double least = std::log(min_probability_ * kLevelOverNode);
-  double best = 0.0;  // of the level, where every head has its first choice
+  float best = 0.0f;  // score of the level's best path, on which every head has its first choice
   int64_t scored = 0;
-  while (scored < plan_.depth) {
+  while (scored < plan_.depth && (scored == 0 || best >= limits_.level)) {
     score(backend, scored, 1, marks);
     best += logprobs_[scored * plan_.width];
     ++scored;
-    if (!(best >= least)) break;
   }
   return scored;
 }
 
 int32_t Medusa::keep_likely_nodes(int64_t scored) {
-  const auto min_score = static_cast<float>(std::log(min_probability_));
+  scores_[0] = 0.0f;
+  numbers_[0] = 0;
+  likely_parents_[0] = -1;
+  likely_candidates_[0] = 0;
   int32_t kept = 1;
   for (size_t node = 1; node < plan_.parents.size(); ++node) {
     numbers_[node] = -1;
-    const auto parent = static_cast<size_t>(plan_.parents[node]);
+    const int32_t parent = plan_.parents[node];
     const int32_t candidate = plan_.candidates[node];
     if (numbers_[parent] < 0 || candidate >= scored * plan_.width) continue;
     scores_[node] = scores_[parent] + logprobs_[candidate];
-    if (!(scores_[node] >= min_score)) continue;
-    likely_parents_[static_cast<size_t>(kept)] = numbers_[parent];
-    likely_candidates_[static_cast<size_t>(kept)] = candidate;
+    if (!(scores_[node] >= limits_.node)) continue;  // nor what is no number
+    likely_parents_[kept] = numbers_[parent];
+    likely_candidates_[kept] = candidate;
     numbers_[node] = kept++;
   }
   return kept;
@@ -190,7 +192,7 @@ int32_t Medusa::draft(Backend& backend, const DraftTree& tree, const TreeRoot& r
   StaticTree shape = shape_;
   if (min_probability_ > 0.0) {
     built.nodes = keep_likely_nodes(score_while_likely(backend, marks));
-    shape = {likely_parents_.data(), likely_candidates_.data()};
+    shape = {likely_parents_, likely_candidates_};
   } else if (plan_.depth > 0) {
     score(backend, 0, plan_.depth, marks);
   }

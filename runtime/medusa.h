@@ -4,8 +4,8 @@
 // Head h (from 0) reads the target's feature (the hidden state after its final norm) at the
 // position whose logits chose the root, and predicts the token h + 1 positions behind the root:
 // residual blocks x + silu(W x + b), then an LM head of its own. The best tokens of each head fill
-// a tree of fixed shape (medusa_choices.h). The drafter keeps nothing of the sequence but that one
-// feature.
+// a tree whose shape was chosen before (medusa_choices.h), or the part of it that is likely. The
+// drafter keeps nothing of the sequence but that one feature.
 #pragma once
 
 #include <string>
@@ -61,7 +61,8 @@ class Medusa final : public DraftModel {
   std::vector<int32_t> sub_vocab_;
   MedusaTree plan_;
   double min_probability_;  // 0 for a whole tree of the user's
-  std::string prefix_;      // of the checkpoint's tensor names
+  ScoreLimits limits_;
+  std::string prefix_;  // of the checkpoint's tensor names
 
   std::vector<Head> heads_;           // [depth of the tree]
   int32_t* column_tokens_ = nullptr;  // [S] token of each column; null: the identity
@@ -74,11 +75,11 @@ class Medusa final : public DraftModel {
   float* logprobs_ = nullptr;            // [heads, width]
   int32_t* candidate_tokens_ = nullptr;  // [heads, width]
 
-  // With a min_probability, where the host sees the scores; [nodes of the plan] each.
-  std::vector<float> scores_;     // log-probability of the path
-  std::vector<int32_t> numbers_;  // of a kept node among those, -1: not kept
-  std::vector<int32_t> likely_parents_;
-  std::vector<int32_t> likely_candidates_;
+  // With a min_probability, where the host sees them; [nodes of the plan] each.
+  float* scores_ = nullptr;     // log-probability of the path
+  int32_t* numbers_ = nullptr;  // of a kept node among those, -1: not kept
+  int32_t* likely_parents_ = nullptr;
+  int32_t* likely_candidates_ = nullptr;
 };
 
 }  // namespace frspec

@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 import frspec
+from frspec.options import tree
+
+_TREES = ("2x3x4", "4x4x16", "6x10x60")
 
 
 def main() -> int:
@@ -28,7 +31,10 @@ def main() -> int:
     parser.add_argument("--ranking", required=True)
     parser.add_argument("--prompts", required=True, type=Path, help="Spec-Bench JSON lines")
     parser.add_argument("--vocab-sizes", nargs="+", default=["full", "8192", "16384", "32768"])
-    parser.add_argument("--trees", nargs="+", default=["2x3x4", "4x4x16", "6x10x60"])
+    parser.add_argument(
+        "--trees", nargs="+", type=tree, default=[tree(text) for text in _TREES],
+        metavar="DEPTHxTOPKxTOKENS[@P]",
+    )  # fmt: skip
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--limit", type=int, help="prompts, spread evenly over the file")
@@ -55,22 +61,22 @@ def main() -> int:
     # Plain texts once; they are the same for every drafter.
     plain: dict[tuple[int, float], list[int]] = {}
     differing = 0
-    configurations = [(size, tree) for size in args.vocab_sizes for tree in args.trees]
-    print(f"{'vocabulary':>10} {'tree':>8} {'T':>4} {'prompts':>8} {'tokens':>8} "
+    configurations = [(size, shape) for size in args.vocab_sizes for shape in args.trees]
+    print(f"{'vocabulary':>10} {'tree':>11} {'T':>4} {'prompts':>8} {'tokens':>8} "
           f"{'accept':>7} {'seconds':>8} {'different':>10}")  # fmt: skip
-    for size, tree in configurations:
+    for size, shape in configurations:
         generator = frspec.Generator(
             args.model,
             args.drafter,
             args.ranking,
             vocab_size=size if size == "full" else int(size),
             threads=args.threads,
-            tree=frspec.Tree.parse(tree),
+            tree=shape,
         )
         for temperature in args.temperatures:
             began = time.perf_counter()
             tokens = rounds = different = 0
-            title = f"{size} {tree} T={temperature:g}"
+            title = f"{size} {shape} T={temperature:g}"
             for index, question in enumerate(
                 track(questions, description=title, console=console, transient=True)
             ):
@@ -86,7 +92,7 @@ def main() -> int:
             differing += different
             accept = tokens / rounds if rounds else 0.0
             seconds = time.perf_counter() - began
-            print(f"{size:>10} {tree:>8} {temperature:>4g} {len(questions):>8} {tokens:>8} "
+            print(f"{size:>10} {shape!s:>11} {temperature:>4g} {len(questions):>8} {tokens:>8} "
                   f"{accept:>7.2f} {seconds:>8.1f} {different:>10}", flush=True)  # fmt: skip
     return 1 if differing else 0
 

@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 import frspec
 from frspec.files import write_whole
+from frspec.generator import default_tree
 from frspec.options import tree
 
 try:
@@ -240,7 +241,7 @@ def _measure(args: argparse.Namespace, progress: Progress) -> None:
     path = args.drafter / "training.json"
     if path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
-        name = "default" if args.tree is None else str(args.tree)
+        name = str(args.tree or default_tree())
         name += f", {args.vocab_size} tokens" if args.vocab_size else ""
         report.setdefault("held_out_accept_length", {})[name] = found
         write_whole(path, (json.dumps(report, indent=1) + "\n").encode())

@@ -32,7 +32,7 @@ _EPILOG = """\
 examples:
   frspec demo
   frspec demo --prompts 8 --max-new-tokens 256 --temperature 1 --seed 7
-  frspec demo --tree-depth 4 --tree-topk 4 --tree-tokens 8
+  frspec demo --tree-depth 2 --tree-topk 4 --tree-tokens 8 --tree-min-probability 0
 """
 
 

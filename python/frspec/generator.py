@@ -29,10 +29,12 @@ class Tree:
     """Shape of the draft tree: `depth` levels, a beam of `topk`, `tokens` nodes with the root.
 
     With a `min_probability` these are limits: only tokens whose path from the root the drafter
-    takes to be at least that likely are verified and drafted from, so that each round is as deep
-    and as wide as it is likely to pay. On a GPU it must be 0: all trees have the same shape.
+    takes to be at least that likely are verified and drafted from, and a further level is drafted
+    where the best path is four times as likely, so that each round is as deep and as wide as it is
+    likely to pay. Probabilities are those over the drafter's vocabulary: the same value makes
+    larger trees with a smaller sub-vocabulary. On a GPU it must be 0: all trees have one shape.
 
-    Written as a text, "6x10x60" or "4x4x8@0.05".
+    Written as a text, "6x10x60" or "4x4x6@0.08".
     """
 
     depth: int
@@ -54,7 +56,7 @@ class Tree:
             ) from None
 
     def __str__(self) -> str:
-        least = f"@{self.min_probability:g}" if self.min_probability else ""
+        least = f"@{self.min_probability}" if self.min_probability else ""
         return f"{self.depth}x{self.topk}x{self.tokens}{least}"
 
 
@@ -431,7 +433,10 @@ def plan_engine(
         "tree": None
         if tree is None
         else (
-            *(_number(f"tree {name}", getattr(tree, name), int, _INT32) for name in _TREE_SIZES),
+            *(
+                _number(f"tree {name}", getattr(tree, name), int, _INT32)
+                for name in ("depth", "topk", "tokens")
+            ),
             _number("tree min_probability", tree.min_probability, float),
         ),
     }
@@ -465,7 +470,6 @@ def _timings(load_s: float, seconds: Mapping[str, float], decoded_tokens: int) -
 
 
 _INT32 = (-(2**31), 2**31 - 1)
-_TREE_SIZES = ("depth", "topk", "tokens")
 _INT64 = (-(2**63), 2**63 - 1)
 
 

@@ -95,9 +95,9 @@ def add_tree_options(parser: argparse.ArgumentParser) -> None:
     """--tree-depth, --tree-topk, --tree-tokens, --tree-min-probability"""
     group = parser.add_argument_group("draft tree")
     for option, metavar, help, cpu, gpu in (
-        ("--tree-depth", "D", "levels drafted in a round", 4, 6),
-        ("--tree-topk", "K", "nodes kept in each level", 4, 10),
-        ("--tree-tokens", "N", "nodes verified in a round", 6, 60),
+        ("--tree-depth", "D", "most levels drafted in a round", 4, 6),
+        ("--tree-topk", "K", "most nodes drafted from in a level", 4, 10),
+        ("--tree-tokens", "N", "most nodes verified in a round", 6, 60),
     ):
         help += f" (default: {cpu} on a CPU, {gpu} on a GPU)"
         group.add_argument(option, type=int, metavar=metavar, help=help)
@@ -185,7 +185,7 @@ def tree(text: str) -> Tree:
     try:
         return Tree.parse(text)
     except RequestError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("tree: ")) from None
 
 
 def draft_tree(args: argparse.Namespace) -> Tree | None:

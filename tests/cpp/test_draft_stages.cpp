@@ -70,7 +70,8 @@ void check_stages(Engine& engine, bool embeds) {
 TEST_CASE("the stages of EAGLE's drafting") {
   const std::string drafter = test::write_synthetic("stages_drafter", kSizes, 1);
   for (const TreeShape tree :
-       {TreeShape{1, 3, 4}, TreeShape{6, 10, 60}, TreeShape{kMaxTreeDepth, 2, 40}}) {
+       {TreeShape{1, 3, 4}, TreeShape{6, 10, 60}, TreeShape{kMaxTreeDepth, 2, 40},
+        TreeShape{kMaxTreeDepth, 2, 40, 0.001}}) {
     CAPTURE(tree.depth);
     Engine engine(options_for(drafter, tree));
     engine.load();
@@ -80,9 +81,11 @@ TEST_CASE("the stages of EAGLE's drafting") {
 
 TEST_CASE("the stages of Medusa's drafting") {
   const std::string drafter = test::write_tiny_medusa("stages_medusa", kSizes);
-  Engine engine(options_for(drafter, {4, 10, 30}));
-  engine.load();
-  check_stages(engine, false);
+  for (const TreeShape tree : {TreeShape{4, 10, 30}, TreeShape{4, 10, 30, 0.001}}) {
+    Engine engine(options_for(drafter, tree));
+    engine.load();
+    check_stages(engine, false);
+  }
 }
 
 }  // namespace frspec

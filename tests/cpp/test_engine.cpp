@@ -8,6 +8,8 @@
 #include <cstring>
 #include <new>
 #include <set>
+#include <tuple>
+#include <utility>
 
 #include "engine.h"
 #include "engine_driver.h"
@@ -75,6 +77,15 @@ TEST_CASE("speculative output equals plain output") {
   }
 }
 
+TEST_CASE("the tree that an engine tells is the one that it fills") {
+  const auto shape_of = [](TreeShape asked) {
+    const TreeShape tree = Engine(tiny_options("shape", asked)).tree();
+    return std::tuple(tree.depth, tree.topk, tree.tokens, tree.min_probability);
+  };
+  CHECK(shape_of({4, 4, 6, 0.08}) == std::tuple(4, 4, 6, 0.08));
+  CHECK(shape_of({1, 4, 256, 0.0}) == std::tuple(1, 4, 5, 0.0));
+}
+
 TEST_CASE("generation ends with the context, in both methods alike") {
   Engine engine(tiny_options("context", {4, 4, 20}));
   engine.load();
@@ -105,8 +116,12 @@ TEST_CASE("a prompt that continues the previous sequence reuses its KV cache") {
 }
 
 TEST_CASE("a steady step allocates nothing") {
-  for (const Method drafted : {Method::kEagle2, Method::kMedusa}) {
-    EngineOptions options = tiny_options("allocation", {3, 4, 12});
+  const TreeShape fixed{3, 4, 12};
+  const TreeShape likely{3, 4, 12, 0.02};
+  for (const auto& [drafted, tree] :
+       {std::pair{Method::kEagle2, fixed}, std::pair{Method::kMedusa, fixed},
+        std::pair{Method::kEagle2, likely}, std::pair{Method::kMedusa, likely}}) {
+    EngineOptions options = tiny_options("allocation", tree);
     if (drafted == Method::kMedusa) options.drafter = test::write_tiny_medusa("allocation_medusa");
     Engine engine(options);
     engine.load();

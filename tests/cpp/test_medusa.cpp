@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <set>
+#include <tuple>
 
 #include "engine.h"
 #include "engine_driver.h"
@@ -176,6 +177,22 @@ TEST_CASE("speculative output equals plain output") {
       }
     }
   }
+}
+
+TEST_CASE("the tree that an engine tells is the one that it fills") {
+  const auto shape_of = [](const EngineOptions& options) {
+    const TreeShape tree = Engine(options).tree();
+    return std::tuple(tree.depth, tree.topk, tree.tokens, tree.min_probability);
+  };
+  CHECK(shape_of(medusa_options("tree", {6, 10, 8, 0.25})) == std::tuple(3, 3, 8, 0.25));
+  // A whole tree is used as it is, likely or not.
+  EngineOptions options = medusa_options("tree", {6, 10, 60, 0.25});
+  options.medusa_tree = with_paths({{0}, {1}, {0, 0}});
+  CHECK(shape_of(options) == std::tuple(2, 2, 4, 0.0));
+  Engine engine(options);
+  engine.load();
+  generate(engine, kPrompt, make_request(Method::kMedusa));
+  CHECK(engine.last_round().tokens.size() == 4);
 }
 
 TEST_CASE("a head predicts the token that its place says") {

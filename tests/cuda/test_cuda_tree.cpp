@@ -1,5 +1,6 @@
 // Growing, building and walking draft trees: the same as the CPU backend, field by field.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda_test_support.h"
 
@@ -144,6 +145,7 @@ void check_draft(int depth, int topk, int nodes, bool ties) {
                            : -static_cast<float>(random.uniform() * 5));
       }
       std::sort(row.begin(), row.end(), std::greater<>());
+      if (random.below(12) == 0) row.assign(row.size(), std::nanf(""));
       for (int j = 0; j < topk; ++j) {
         host(float{}, d.logprobs)[r * topk + j] = row[static_cast<size_t>(j)];
         host(int32_t{}, d.candidate_tokens)[r * topk + j] =

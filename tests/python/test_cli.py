@@ -132,10 +132,13 @@ def test_tree_options_reach_the_engine(files) -> None:
     common += ["--json", "--max-new-tokens", 40]
     chain = json.loads(run_frspec(*common, "--tree-tokens", 1).stdout)
     deep = ["--tree-depth", 6, "--tree-topk", 4, "--tree-tokens", 32]
-    deep = json.loads(run_frspec(*common, *deep).stdout)
+    flat = json.loads(run_frspec(*common, *deep, "--tree-depth", 1).stdout)
+    sure = json.loads(run_frspec(*common, *deep, "--tree-min-probability", 0.9999).stdout)
+    deep = json.loads(run_frspec(*common, *deep, "--tree-min-probability", 0).stdout)
     assert set(chain["accept_lengths"]) == {1}
-    assert max(deep["accept_lengths"]) > 2
-    assert chain["token_ids"] == deep["token_ids"]
+    assert max(flat["accept_lengths"]) == 2 < max(deep["accept_lengths"])
+    assert len(sure["accept_lengths"]) > len(flat["accept_lengths"])
+    assert chain["token_ids"] == flat["token_ids"] == sure["token_ids"] == deep["token_ids"]
 
 
 def test_ctrl_c_ends_a_generation(files) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import zipfile
@@ -46,7 +47,8 @@ def test_all_methods_write_the_same_text(real_model, temperature) -> None:
     assert plain["draft_share"] < 0.01
     assert full["accept_length"] > 1.1  # the packaged drafter is right now and then
     for row in reduced:
-        assert 1.1 < row["accept_length"] <= full["accept_length"] * 1.05
+        # Not much longer: probabilities over fewer tokens are larger, and so are the trees.
+        assert 1.1 < row["accept_length"] <= full["accept_length"] * 1.2
         assert 0 < row["draft_share"] < full["draft_share"]  # what the sub-vocabulary is for
     assert all(row["tokens_per_s"] > 0 for row in rows)
 
@@ -134,14 +136,25 @@ def test_tree_options_complete_the_default() -> None:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     default = default_tree()
-    assert draft_tree(parser.parse_args(["--tree-depth", "4"])) == Tree(
-        4, default.topk, default.tokens, default.min_probability
+    assert draft_tree(parser.parse_args(["--tree-depth", "7"])) == Tree(
+        7, default.topk, default.tokens, default.min_probability
+    )
+    assert draft_tree(parser.parse_args(["--tree-min-probability", "0.5"])) == Tree(
+        default.depth, default.topk, default.tokens, 0.5
     )
     assert draft_tree(parser.parse_args([])) is None
 
 
+def test_tree_options_tell_the_default() -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    help = " ".join(parser.format_help().split())
+    for value in dataclasses.astuple(default_tree("cpu")):
+        assert f"(default: {value} on a CPU, " in help
+
+
 def test_trees_as_texts() -> None:
-    for text, tree in [("6x10x60", Tree(6, 10, 60)), ("4x4x8@0.06", Tree(4, 4, 8, 0.06))]:
+    for text, tree in [("6x10x60", Tree(6, 10, 60)), ("4x4x6@0.08", Tree(4, 4, 6, 0.08))]:
         assert Tree.parse(text) == tree
         assert str(tree) == text
     for text in ["6x10", "6x10x60x2", "axbxc", "4x4x8@", "4x4x8@much", "", "4x4x8@0.1@0.2"]:

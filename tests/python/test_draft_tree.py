@@ -58,6 +58,7 @@ class Comparison:
                 sub_vocab=sub_vocab,
             )  # fmt: skip
             assert each.logits.shape[0] == len(each.tokens) == len(each.parents)
+            assert min_probability or len(each.tokens) == len(expected.tokens)
             if expected.margin < self.margin:
                 self.near_ties += 1
                 continue

@@ -124,7 +124,7 @@ def test_report_has_the_tables(finished) -> None:
         for n in r["accept_lengths"]
     ]  # fmt: skip
     assert (
-        "tree of depth 4, top 4, 6 tokens, each with a path of probability 0.08" in report
+        "tree of depth 4, top 4, 6 tokens at most, of paths of probability 0.08" in report
         and "12 new tokens at most" in report
     )
     row = next(line for line in report.splitlines() if line.startswith("| EAGLE-2 |"))
@@ -250,7 +250,8 @@ def test_a_run_can_be_extended(files, tmp_path) -> None:
         (["--seed", 3], "request.seed was 0, now 3"),
         (["--max-new-tokens", 13], "request.max_new_tokens was 12, now 13"),
         (["--vocab-sizes", 64], "methods was ['plain', 'eagle2', 'eagle2-128']"),
-        (["--tree-depth", 2], "trees.eagle2.depth was 1, now 2"),
+        (["--tree-depth", 2], "trees.eagle2.depth was 4, now 2"),
+        (["--tree-min-probability", 0.2], "trees.eagle2.min_probability was 0.08, now 0.2"),
         (["--threads", 1], "threads was None, now 1"),
         (["--workers", 2], "workers was '1', now '2'"),
     ],

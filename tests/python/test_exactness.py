@@ -13,6 +13,7 @@ from reference import tiny
 
 DRAFTER = tiny.TinyDrafter(fc_bias=True)
 TREES = [(1, 1, 1), (1, 4, 5), (3, 1, 4), (4, 3, 16), (6, 10, 60), (5, 8, 65), (5, 10, 256)]
+TREES += [(4, 4, 6, 0.08), (6, 10, 60, 0.01)]
 
 
 def prompt_of(model: tiny.TinyModel, length: int, seed: int = 0) -> list[int]:
@@ -80,7 +81,9 @@ def test_threads_change_nothing(new_tiny_generator, step_rounds):
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("tree", [(4, 3, 16), (6, 10, 60), (6, 10, 65), (5, 10, 200)], ids=str)
+@pytest.mark.parametrize(
+    "tree", [(4, 3, 16), (6, 10, 60), (6, 10, 65), (5, 10, 200), (6, 10, 60, 0.01)], ids=str
+)
 def test_rows_are_bit_identical_in_any_tree(
     new_tiny_generator, step_rounds, instruction_set, tree, dtype, isa
 ):
@@ -107,7 +110,7 @@ def test_rows_are_bit_identical_in_any_tree(
         assert accepted > 0
 
 
-@pytest.mark.parametrize("tree", [(1, 4, 5), (6, 10, 60), (5, 10, 256)], ids=str)
+@pytest.mark.parametrize("tree", [(1, 4, 5), (4, 4, 6, 0.08), (6, 10, 60), (5, 10, 256)], ids=str)
 @pytest.mark.parametrize("left", [1, 2, 3, 7, 20])
 def test_end_of_the_context(new_tiny_generator, tree, left):
     """The text runs to the last position of the context and not beyond."""

@@ -150,7 +150,7 @@ def test_the_stages_of_drafting_are_its_time(model, tmp_path, drafter, method) -
 def test_planted_accept_lengths(model, tmp_path) -> None:
     report, text = measure(
         tmp_path / "report.json", *drafting(model, new_tokens=120),
-        *("--vocab-sizes", "full", 128, "--trees", "6x4x20", "--plant-accept-length", 3.5, 2.5),
+        *("--vocab-sizes", "full", 128, "--trees", "6x4x20@0.3", "--plant-accept-length", 3.5, 2.5),
         *("--prompt-tokens", 20),
     )  # fmt: skip
     assert "Accept lengths are planted" in text
@@ -158,6 +158,7 @@ def test_planted_accept_lengths(model, tmp_path) -> None:
     for run, accept_length in zip(report["runs"], [3.5, 2.5], strict=True):
         check_run(run)
         assert run["drafted"]["planted_accept_length"] == accept_length
+        assert run["tree_min_probability"] == 0  # what is planted needs whole trees
         assert run["drafted"]["accept_length"] == pytest.approx(accept_length, abs=0.35)
 
 

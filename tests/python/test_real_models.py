@@ -23,11 +23,11 @@ SPEC_BENCH = SHARED / "data" / "spec_bench.jsonl"
 QWEN_DRAFTER = SHARED / "drafters" / "qwen2.5-coder-0.5b-instruct-eagle"
 
 PROMPTS = 24
-SETTINGS = [  # (sub-vocabulary, depth, topk, tokens); every prompt runs in one of them
-    ("full", 2, 3, 4),
-    (8192, 4, 4, 12),
-    (32768, 1, 2, 3),
-    (16384, 5, 8, 40),
+SETTINGS = [  # (sub-vocabulary, tree); every prompt runs in one of them
+    ("full", "2x3x4"),
+    (8192, "4x4x6@0.08"),
+    (32768, "1x2x3"),
+    (16384, "5x8x40"),
 ]
 
 
@@ -51,7 +51,7 @@ def check_same_text(model: Path, drafter: Path, ranking: Path, new_tokens: int) 
     prompts = [[{"role": "user", "content": question[:1200]}] for question in questions()]
     samplings = ({"temperature": 0.0}, {"temperature": 1.0, "seed": 42})
     accepted = []
-    for index, (size, depth, topk, tokens) in enumerate(SETTINGS):
+    for index, (size, tree) in enumerate(SETTINGS):
         generator = frspec.Generator(
             model,
             drafter,
@@ -59,7 +59,7 @@ def check_same_text(model: Path, drafter: Path, ranking: Path, new_tokens: int) 
             vocab_size=size,
             device="cpu",
             max_context=1024,
-            tree=frspec.Tree(depth, topk, tokens),
+            tree=frspec.Tree.parse(tree),
         )
         for number in range(index, PROMPTS, len(SETTINGS)):
             for sampling in samplings:

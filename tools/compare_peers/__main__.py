@@ -34,6 +34,7 @@ from frspec.evaluation.methods import short_size
 from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
 from frspec.files import write_whole
+from frspec.generator import default_tree
 from frspec.options import tree
 from frspec.tokenizer import Tokenizer
 
@@ -143,7 +144,7 @@ def start(args: argparse.Namespace, scratch: Path) -> dict[str, Process]:
     ):
         if drafter is None:
             continue
-        options = own | {"drafter": drafter, "tree": shape}
+        options = own | {"drafter": drafter, "tree": shape or default_tree("cpu")}
         wanted.append((f"frspec, {label}", Frspec, options))
         for size in sizes if args.ranking else []:
             ranked = options | {"ranking": args.ranking, "vocab_size": size}

@@ -1,5 +1,6 @@
 // frspec-bench: how long each part of decoding takes, from the backend's own time stamps.
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <filesystem>
@@ -52,7 +53,8 @@ TreeShape parse_tree(const char* option, const std::string& text) {
   FRSPEC_CHECK(second != std::string::npos && parse_number(text.substr(0, first), tree.depth) &&
                    parse_number(text.substr(first + 1, second - first - 1), tree.topk) &&
                    parse_number(text.substr(second + 1, end - second - 1), tree.tokens) &&
-                   (end == text.size() || parse_number(text.substr(end + 1), tree.min_probability)),
+                   (end == text.size() || text.substr(end) == "@0" ||
+                    parse_number(text.substr(end + 1), tree.min_probability)),
                RequestError, option,
                ": expected DEPTHxTOPKxTOKENS or DEPTHxTOPKxTOKENS@MIN_PROBABILITY, for example"
                " 6x10x60, found '",

@@ -166,8 +166,8 @@ def _describe_drafters(header: Mapping[str, Any]) -> list[str]:
         elif method in trees:
             tree = trees[method]
             line += f"; tree of depth {tree['depth']}, top {tree['topk']}, {tree['tokens']} tokens"
-            if least := tree.get("min_probability"):
-                line += f", each with a path of probability {least:g} or more"
+        if least := trees.get(method, {}).get("min_probability"):
+            line += f" at most, of paths of probability {least:g} or more"
         lines.append(line)
     if header.get("ranking"):
         lines.append(f"- ranking: {header['ranking']}")

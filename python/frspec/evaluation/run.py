@@ -54,7 +54,7 @@ def plan_methods(setup: Setup, methods: Iterable[Configuration], workers: str = 
         engine, _ = plan_engine(**setup.generator_options(method))
         total += sum(dict(engine.plan).values())
         if method.method != PLAIN:
-            trees[method.method] = Tree(*engine.tree)
+            trees.setdefault(method.method, Tree(*engine.tree))  # of the first, largest head
     # Those of one machine share its memory; of a cluster each machine may have its own.
     sharing = workers.removeprefix("" if "RAY_ADDRESS" in os.environ else "ray:")
     if engine.device == "cpu" and sharing.isdecimal():
