@@ -32,9 +32,12 @@ def test_table_and_report(files, tmp_path) -> None:
         files, "--drafter", files.drafter, "--medusa", files.heads, "--ranking", files.ranking,
         "--vocab-sizes", 256, 128, "--medusa-vocab-size", 128, "--tasks", "mt", "conv", "qa",
         "--max-new-tokens", 12, "--json", tmp_path / "report.json",
+        "--tree", "1x1x2", "--medusa-tree", "2x3x6@0.01",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    runtimes = json.loads((tmp_path / "report.json").read_text())["runtimes"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    settings, runtimes = report["settings"], report["runtimes"]
+    assert (settings["tree"], settings["medusa_tree"]) == ("1x1x2", "2x3x6@0.01")
     frspec = {name: row for name, row in runtimes.items() if name.startswith("frspec, ")}
     assert [*frspec] == [
         "frspec, plain", "frspec, EAGLE-2", "frspec, EAGLE-2 + FR 256", "frspec, EAGLE-2 + FR 128",
@@ -44,7 +47,7 @@ def test_table_and_report(files, tmp_path) -> None:
         assert row["same_text"] == 1 and row["tokens_per_s"] > 0
         assert name in done.stdout
     assert frspec["frspec, plain"]["over_plain"] == 1
-    assert frspec["frspec, EAGLE-2"]["accept_length"] > 1
+    assert 1 < frspec["frspec, EAGLE-2"]["accept_length"] <= 2  # of trees of one drafted token
     assert "5 questions" in done.stdout
     for row in frspec.values():
         assert sum(task["questions"] for task in row["tasks"].values()) == 5
@@ -52,6 +55,12 @@ def test_table_and_report(files, tmp_path) -> None:
     assert [*tasks] == ["mt", "conv", "qa"]
     cells = " | ".join(f"{task['accept_length']:.2f}" for task in tasks.values())
     assert f"| frspec, EAGLE-2 | {cells} |" in done.stdout
+
+
+def test_a_tree_that_is_none(files) -> None:
+    done = compare(files, "--drafter", files.drafter, "--tree", "3x4")
+    assert done.returncode == 2
+    assert "argument --tree: expected DEPTHxTOPKxTOKENS" in done.stderr
 
 
 def test_a_runtime_that_cannot_start(files) -> None:

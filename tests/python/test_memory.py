@@ -18,7 +18,7 @@ def peak_bytes():
 
 model, drafter, context = sys.argv[1:]
 engine = Engine(model, drafter=drafter, device="cpu", threads=2, max_context=int(context),
-                tree=(3, 4, 12))
+                tree=(3, 4, 12, 0.0))
 before = peak_bytes()
 engine.load()
 prompt = np.arange(1, int(context) - 40, dtype=np.int32) % 500

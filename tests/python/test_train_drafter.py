@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import frspec
 from command_line import write_talking_model
+from frspec.generator import default_tree
 from reference import tiny
 from reference.eagle import Eagle as ReferenceEagle
 from reference.llama import Llama
@@ -193,8 +194,9 @@ def test_eagle_from_start_to_frspec(monkeypatch, model, cache, tmp_path, capsys)
         assert np.abs(second[end] - level).max() < error
 
     capsys.readouterr()
-    assert run(monkeypatch, "measure", out, "--model", model, "--cache", cache) == 0
-    report = read_report(out)["held_out_accept_length"]["default"]
+    measure = ["measure", out, "--model", model, "--cache", cache]
+    assert run(monkeypatch, *measure, "--tree", "3x4x12@0.02") == 0
+    report = read_report(out)["held_out_accept_length"]["3x4x12@0.02"]
     assert report["accept_length"] > 1
     assert f"accept length {report['accept_length']:.3f}" in capsys.readouterr().out
 
@@ -208,7 +210,7 @@ def test_medusa_from_start_to_frspec(monkeypatch, model, cache, tmp_path) -> Non
     before, after = (read_report(folder)["held_out_agreement"] for folder in (start, out))
     assert sum(after) > sum(before) and len(after) == 2
     assert run(monkeypatch, "measure", out, "--model", model, "--cache", cache) == 0
-    assert read_report(out)["held_out_accept_length"]["default"]["accept_length"] > 1
+    assert read_report(out)["held_out_accept_length"][str(default_tree())]["accept_length"] > 1
 
     # What the trainer measures is what the checkpoint does.
     held_out = features.Cache(cache, held_out=True)
