@@ -1,7 +1,5 @@
 #include "draft_tree.h"
 
-#include <cmath>
-
 #include "arena.h"
 
 namespace frspec {

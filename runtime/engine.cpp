@@ -403,11 +403,7 @@ int32_t Engine::draft_and_verify(int64_t length_bound) {
   pass.tokens = tree.tokens;
   pass.positions = tree.positions;
   pass.slots = tree.slots;
-  pass.visible.prefix_length = tree.prefix;
-  pass.visible.tree_base = tree.base;
-  pass.visible.ancestors = tree.ancestors;
-  pass.visible.ancestor_words = tree.ancestor_words;
-  pass.visible.max_length = length_bound;
+  pass.visible = {tree.prefix, tree.base, tree.ancestors, tree.ancestor_words, length_bound};
   const Tensor features = features_.row_slice(0, nodes);
   const Tensor logits = logits_.row_slice(0, nodes);
   target_.forward(backend, pass, features);

@@ -24,8 +24,8 @@ from rich.progress import Progress
 
 import frspec
 from frspec.files import write_whole
-from frspec.generator import default_tree
 from frspec.options import tree
+from frspec.tree import default_tree
 
 try:
     import torch

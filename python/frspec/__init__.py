@@ -11,7 +11,8 @@ from .errors import (
     RankingError,
     RequestError,
 )
-from .generator import Generator, Result, TextStream, Timings, Tree
+from .generator import Generator, Result, TextStream, Timings
+from .tree import Tree
 
 __all__ = [
     "ConversionError",

@@ -39,3 +39,9 @@ class MemoryPlanError(FrspecError, MemoryError):
 
 class DeviceError(FrspecError):
     """A device is absent or failed."""
+
+
+def short(value: object) -> str:
+    """A value as an error names it, of at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -12,52 +12,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import _core, hub
+from . import hub
 from ._core import Engine
-from .errors import RequestError
+from .errors import RequestError, short
 from .medusa import MedusaChoices, medusa_tree_options
 from .ranking import Ranking
 from .streaming import StopMatcher, StreamDecoder
 from .tokenizer import Tokenizer
+from .tree import Tree
 
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
 Method = Literal["plain", "eagle2", "medusa"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tree:
-    """Shape of the draft tree: `depth` levels, a beam of `topk`, `tokens` nodes with the root.
-
-    With a `min_probability` these are limits: only tokens whose path from the root the drafter
-    takes to be at least that likely are verified and drafted from, and a further level is drafted
-    where the best path is four times as likely, so that each round is as deep and as wide as it is
-    likely to pay. Probabilities are those over the drafter's vocabulary: the same value makes
-    larger trees with a smaller sub-vocabulary. On a GPU it must be 0: all trees have one shape.
-
-    Written as a text, "6x10x60" or "4x4x6@0.08".
-    """
-
-    depth: int
-    topk: int
-    tokens: int
-    min_probability: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Tree:
-        """Of the text form. RequestError for another."""
-        sizes, at, probability = text.partition("@")
-        try:
-            depth, topk, tokens = map(int, sizes.split("x"))
-            return cls(depth, topk, tokens, float(probability) if at else 0.0)
-        except ValueError:
-            raise RequestError(
-                f"tree: expected DEPTHxTOPKxTOKENS or DEPTHxTOPKxTOKENS@MIN_PROBABILITY, for"
-                f" example 6x10x60, found {_short(text)}"
-            ) from None
-
-    def __str__(self) -> str:
-        least = f"@{self.min_probability}" if self.min_probability else ""
-        return f"{self.depth}x{self.topk}x{self.tokens}{least}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +187,7 @@ class Generator:
         if method is None:
             method = self._engine.draft_method
         if not isinstance(method, str):
-            raise RequestError(f"method: expected a name, found {_short(method)}")
+            raise RequestError(f"method: expected a name, found {short(method)}")
         request = {
             "method": method,
             "max_new_tokens": _number("max_new_tokens", max_new_tokens, int),
@@ -266,7 +231,7 @@ class Generator:
         if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
             raise RequestError(
                 "prompt: expected a text, a list of token ids or of chat messages,"
-                f" found {type(prompt).__name__} {_short(prompt)}"
+                f" found {type(prompt).__name__} {short(prompt)}"
             )
         limits = np.iinfo(np.int32)
         outside = token_ids[(token_ids < 0) | (token_ids > limits.max)]
@@ -386,11 +351,6 @@ class TextStream(Iterator[str]):
         return rest
 
 
-def default_tree(device: str = "auto") -> Tree:
-    """The draft tree that suits a device: small on a CPU, FR-Spec's own on a GPU."""
-    return Tree(*_core.default_tree(device))
-
-
 def plan_engine(
     model: str | os.PathLike[str],
     drafter: str | os.PathLike[str] | None = None,
@@ -408,9 +368,9 @@ def plan_engine(
     folder = hub.resolve(model)
     for name, value in (("device", device), ("dtype", "bf16" if dtype is None else dtype)):
         if not isinstance(value, str):
-            raise RequestError(f"{name}: expected a name, found {_short(value)}")
+            raise RequestError(f"{name}: expected a name, found {short(value)}")
     if tree is not None and not isinstance(tree, Tree):
-        raise RequestError(f"tree: expected a frspec.Tree, found {_short(tree)}")
+        raise RequestError(f"tree: expected a frspec.Tree, found {short(tree)}")
     sub_vocab_size = 0
     if vocab_size is not None and not (isinstance(vocab_size, str) and vocab_size == "full"):
         sub_vocab_size = _number("vocab_size", vocab_size, int)
@@ -419,7 +379,7 @@ def plan_engine(
     fingerprint = ""
     if ranking is not None:
         if not isinstance(ranking, (str, os.PathLike)) or "\0" in os.fspath(ranking):
-            raise RequestError(f"ranking: expected the path of a file, found {_short(ranking)}")
+            raise RequestError(f"ranking: expected the path of a file, found {short(ranking)}")
         tokenizer = Tokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
         Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
@@ -482,13 +442,13 @@ def _number(
     allowed = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, allowed):
         expected = "an integer" if kind is int else "a number"
-        raise RequestError(f"{name} must be {expected}, found {_short(value)}")
+        raise RequestError(f"{name} must be {expected}, found {short(value)}")
     if kind is int and not limits[0] <= value <= limits[1]:
-        raise RequestError(f"{name} must be {limits[0]} to {limits[1]}, found {_short(value)}")
+        raise RequestError(f"{name} must be {limits[0]} to {limits[1]}, found {short(value)}")
     try:
         return kind(value)
     except OverflowError:
-        raise RequestError(f"{name} must be a finite number, found {_short(value)}") from None
+        raise RequestError(f"{name} must be a finite number, found {short(value)}") from None
 
 
 def _option(name: str, value: int | None) -> int:
@@ -499,8 +459,3 @@ def _option(name: str, value: int | None) -> int:
     if not 1 <= number < 2**31 and not (name == "memory_limit" and 1 <= number < 2**63):
         raise RequestError(f"{name} must be a positive number, found {value}")
     return number
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .errors import RequestError
+from .errors import RequestError, short
 
 # A published tree's name, the paths of a tree, or {"accuracies": [heads][ranks]}.
 MedusaChoices = str | Sequence[Sequence[int]] | Mapping[str, Sequence[Sequence[float]]]
@@ -55,7 +55,7 @@ def medusa_tree_options(choices: Any) -> dict[str, Any]:
     if isinstance(choices, Mapping):
         if list(choices) != ["accuracies"]:
             raise RequestError(
-                f'medusa_choices: expected the key "accuracies", found {_short(list(choices))}'
+                f'medusa_choices: expected the key "accuracies", found {short(list(choices))}'
             )
         table = _table(choices["accuracies"], (int, float, np.integer, np.floating), "accuracies")
         return {"medusa_accuracies": [[float(number) for number in row] for row in table]}
@@ -63,7 +63,7 @@ def medusa_tree_options(choices: Any) -> dict[str, Any]:
     for path in paths:
         for rank in path:
             if not 0 <= rank < 2**31:
-                raise RequestError(f"medusa_choices: expected ranks from 0, found {_short(rank)}")
+                raise RequestError(f"medusa_choices: expected ranks from 0, found {short(rank)}")
     return {"medusa_paths": [[int(rank) for rank in path] for path in paths]}
 
 
@@ -72,13 +72,13 @@ def _table(rows: Any, kinds: tuple[type, ...], what: str) -> list[list[Any]]:
     if not _is_list(rows):
         raise RequestError(
             "medusa_choices: expected a name, a list of lists of ranks, or accuracies,"
-            f" found {_short(rows)}"
+            f" found {short(rows)}"
         )
     for row in rows:
         if not _is_list(row) or any(
             isinstance(item, bool) or not isinstance(item, kinds) for item in row
         ):
-            raise RequestError(f"medusa_choices: expected lists of {what}, found {_short(row)}")
+            raise RequestError(f"medusa_choices: expected lists of {what}, found {short(row)}")
     if len(rows) == 0:
         raise RequestError(f"medusa_choices: expected at least one list of {what}, found none")
     return [list(row) for row in rows]
@@ -86,8 +86,3 @@ def _table(rows: Any, kinds: tuple[type, ...], what: str) -> list[list[Any]]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from .errors import RequestError
-from .generator import Tree, default_tree
 from .medusa import read_medusa_choices
+from .tree import Tree, default_tree
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -421,7 +421,7 @@ def test_prompt_longer_than_the_context(refused, files, tmp_path) -> None:
 def test_nonsense_values(refused, files, option, value) -> None:
     line = refused("generate", "--model", files.model, *PROMPT, f"{option}={value}")
     # The engine's own words are those of Python: max_context for --max-context.
-    assert re.sub("[-_ ]", "", option) in re.sub("[-_ ]", "", line), line
+    assert re.search("[-_ ]".join(option[2:].split("-")), line), line
 
 
 def test_tokenizer_config_that_is_too_deep(refused, broken) -> None:

@@ -72,32 +72,36 @@ def prompt_of(model: tiny.TinyModel, length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng([seed, length]).integers(0, model.vocab, length).tolist()
 
 
+@pytest.fixture
+def compare_trees(tiny_models, new_tiny_generator, step_rounds):
+    """compare(tree, size, max_new_tokens): the rounds of three prompts."""
+
+    def compare(tree, size, max_new_tokens: int) -> Comparison:
+        model, drafter = tiny.FAMILIES["llama3"], DRAFTERS["plain"]
+        _, reference = tiny_models.drafter(model, drafter)
+        generator = new_tiny_generator(model, drafter=drafter, vocab_size=size, tree=tree)
+        sub_vocab = tiny_models.ranking(model).sub_vocab(size) if size else None
+        comparison = Comparison(step_rounds, reference)
+        for seed in range(3):
+            prompt = prompt_of(model, 5 + 9 * seed, seed)
+            comparison.run(generator, prompt, tree, sub_vocab, max_new_tokens=max_new_tokens)
+        return comparison
+
+    return compare
+
+
 @pytest.mark.parametrize("size", [None, 7, 33, 129], ids=lambda size: f"vocab_{size or 'full'}")
 @pytest.mark.parametrize("tree", TREES, ids=lambda tree: "x".join(map(str, tree)))
-def test_tree_shapes(tiny_models, new_tiny_generator, step_rounds, tree, size):
-    model = tiny.FAMILIES["llama3"]
-    _, reference = tiny_models.drafter(model, DRAFTERS["plain"])
-    generator = new_tiny_generator(model, drafter=DRAFTERS["plain"], vocab_size=size, tree=tree)
-    sub_vocab = tiny_models.ranking(model).sub_vocab(size) if size else None
-    comparison = Comparison(step_rounds, reference)
-    for seed in range(3):
-        prompt = prompt_of(model, 5 + 9 * seed, seed)
-        comparison.run(generator, prompt, tree, sub_vocab, max_new_tokens=6)
+def test_tree_shapes(compare_trees, tree, size):
+    comparison = compare_trees(tree, size, max_new_tokens=6)
     assert comparison.compared >= 1
     assert comparison.compared > comparison.near_ties or tree[2] > 100
 
 
 @pytest.mark.parametrize("size", [None, 33], ids=lambda size: f"vocab_{size or 'full'}")
 @pytest.mark.parametrize("least", [1e-4, 0.01, 0.06, 0.3, 0.9])
-def test_unlikely_nodes_are_left_out(tiny_models, new_tiny_generator, step_rounds, least, size):
-    model, tree = tiny.FAMILIES["llama3"], (5, 4, 64, least)
-    _, reference = tiny_models.drafter(model, DRAFTERS["plain"])
-    generator = new_tiny_generator(model, drafter=DRAFTERS["plain"], vocab_size=size, tree=tree)
-    sub_vocab = tiny_models.ranking(model).sub_vocab(size) if size else None
-    comparison = Comparison(step_rounds, reference)
-    for seed in range(3):
-        prompt = prompt_of(model, 5 + 9 * seed, seed)
-        comparison.run(generator, prompt, tree, sub_vocab, max_new_tokens=16)
+def test_unlikely_nodes_are_left_out(compare_trees, least, size):
+    comparison = compare_trees((5, 4, 64, least), size, max_new_tokens=16)
     assert comparison.compared > comparison.near_ties
     assert len(comparison.sizes) > 1, "trees of one size prove nothing"
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 import frspec
 from command_line import write_talking_model
-from frspec.generator import default_tree
+from frspec.tree import default_tree
 from reference import tiny
 from reference.eagle import Eagle as ReferenceEagle
 from reference.llama import Llama

@@ -34,9 +34,9 @@ from frspec.evaluation.methods import short_size
 from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
 from frspec.files import write_whole
-from frspec.generator import default_tree
 from frspec.options import tree
 from frspec.tokenizer import Tokenizer
+from frspec.tree import default_tree
 
 PLAIN = "frspec, plain"
 Prompt = tuple[str, list[int]]  # task, token ids

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import MemoryPlanError, RequestError
-from ..generator import Generator, Result, Tree
+from ..generator import Generator, Result
 from ..medusa import MedusaChoices
+from ..tree import Tree
 from .methods import PLAIN, Configuration
 from .results import Record
 from .tasks import TASKS, Question

@@ -22,8 +22,9 @@ from rich.progress import (
 
 from .. import _core, hub
 from ..errors import RequestError
-from ..generator import Tree, plan_engine
+from ..generator import plan_engine
 from ..tokenizer import Tokenizer
+from ..tree import Tree
 from .fingerprint import file_fingerprint, folder_fingerprint
 from .generate import Job, Setup, chat_messages, mark_identity
 from .methods import PLAIN, Configuration
