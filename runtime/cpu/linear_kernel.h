@@ -12,10 +12,8 @@ constexpr int64_t kBlockBytes = 64 << 10;
 // A single tile asks for its weights this far ahead, once it has enough rows that arithmetic takes
 // about as long as memory: the hardware's prefetchers alone leave the two taking turns. With fewer
 // rows they are best left alone (docs/cpu.md has the measurement).
-constexpr int64_t kPrefetchBytes = 8192;
+constexpr int64_t kPrefetchBytes = 7168;
 constexpr int64_t kPrefetchRows = 3;  // times kGroup
-// Tiles of fewer rows have too few sums at a time to hide the latency of a multiply-add.
-constexpr int64_t kLeastTileRows = Simd::kTileRows < 8 ? Simd::kTileRows / 2 : 4;
 
 // A row has two sums for each panel: panels side by side hide the latency of its multiply-adds.
 template <typename Weights>
@@ -28,60 +26,61 @@ void multiply_row(const MultiplyTask& task, int64_t groups) {
   for (; p + kPanels <= task.panels; p += kPanels) {
     multiply_tile<Weights, 1, kPanels>(weights + p * task.panel_bytes, task.panel_bytes, x, 0,
                                        groups, task.accumulators + p * kOutputs, kOutputs,
-                                       task.accumulate, {});
+                                       task.accumulate, nullptr);
   }
   for (; p < task.panels; ++p) {
     multiply_tile<Weights, 1, 1>(weights + p * task.panel_bytes, 0, x, 0, groups,
-                                 task.accumulators + p * kOutputs, 0, task.accumulate, {});
+                                 task.accumulators + p * kOutputs, 0, task.accumulate, nullptr);
   }
 }
 
-template <typename Weights, int M>
+template <typename Weights, int M, int kLines>
 void multiply_rows(const char* weights, const float* x, int64_t x_stride, int64_t groups,
-                   float* out, bool accumulate, TilePrefetch prefetch) {
-  multiply_tile<Weights, M, 1>(weights, 0, x, x_stride, groups, out, 0, accumulate, prefetch);
+                   float* out, bool accumulate, const char* next) {
+  multiply_tile<Weights, M, 1, kLines>(weights, 0, x, x_stride, groups, out, 0, accumulate, next);
 }
+
+template <typename Weights, int kLines>
+inline constexpr decltype(&multiply_rows<Weights, 1, 0>) kRowTiles[] = {
+#define FRSPEC_TILE(m) multiply_rows<Weights, m <= Simd::kTileRows ? m : 1, kLines>
+    nullptr,         FRSPEC_TILE(1),  FRSPEC_TILE(2), FRSPEC_TILE(3), FRSPEC_TILE(4),
+    FRSPEC_TILE(5),  FRSPEC_TILE(6),  FRSPEC_TILE(7), FRSPEC_TILE(8), FRSPEC_TILE(9),
+    FRSPEC_TILE(10), FRSPEC_TILE(11), FRSPEC_TILE(12)
+#undef FRSPEC_TILE
+};
+static_assert(Simd::kTileRows <= 12);
 
 // The rows of one panel.
 template <typename Weights>
 void multiply_panel(const char* weights, const MultiplyTask& task, int64_t all_groups,
                     float* accumulators) {
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
-  using MultiplyRows =
-      void (*)(const char*, const float*, int64_t, int64_t, float*, bool, TilePrefetch);
-#define FRSPEC_TILE(m) multiply_rows<Weights, m <= Simd::kTileRows ? m : 1>
-  static constexpr MultiplyRows kTiles[] = {
-      nullptr,         FRSPEC_TILE(1),  FRSPEC_TILE(2), FRSPEC_TILE(3), FRSPEC_TILE(4),
-      FRSPEC_TILE(5),  FRSPEC_TILE(6),  FRSPEC_TILE(7), FRSPEC_TILE(8), FRSPEC_TILE(9),
-      FRSPEC_TILE(10), FRSPEC_TILE(11), FRSPEC_TILE(12)};
-#undef FRSPEC_TILE
-  static_assert(Simd::kTileRows <= 12);
+  const float* x = static_cast<const float*>(task.x);
   const int64_t tiles = (task.rows + Simd::kTileRows - 1) / Simd::kTileRows;
-  const int64_t most_groups = tiles == 1 ? all_groups : kBlockBytes / Weights::kGroupBytes;
+  if (tiles == 1) {
+    const bool asks = task.rows >= kPrefetchRows * Weights::kGroup;
+    const auto tile = (asks ? kRowTiles<Weights, 2> : kRowTiles<Weights, 0>)[task.rows];
+    tile(weights, x, task.x_stride, all_groups, accumulators, task.accumulate,
+         weights + kPrefetchBytes);
+    return;
+  }
+  // Blocks of one size: the first two tiles ask for half a block each of the next.
+  constexpr int64_t kStep = kStepGroups<Weights>;
+  const int64_t most_groups = kBlockBytes / Weights::kGroupBytes;
   const int64_t blocks = (all_groups + most_groups - 1) / most_groups;
-  // Blocks of one size, as each fetches as much of the next as it has itself.
-  const int64_t block_groups =
-      ((all_groups + blocks - 1) / blocks + kUnroll - 1) / kUnroll * kUnroll;
-  // A single tile runs ahead in its own stream; of several, each brings its share of the next
-  // block.
-  constexpr int64_t kLines = (kUnroll * Weights::kGroupBytes + 63) / 64;
-  const bool prefetches = task.rows >= kPrefetchRows * Weights::kGroup;
-  const int64_t prefetch_bytes = prefetches ? (kLines + tiles - 1) / tiles * 64 : 0;
-
+  const int64_t block_groups = ((all_groups + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
   for (int64_t first = 0; first < all_groups; first += block_groups) {
     const int64_t left = all_groups - first;
     const int64_t groups = left < block_groups ? left : block_groups;
     const char* block = weights + first * Weights::kGroupBytes;
-    const char* next = block + (tiles == 1 ? kPrefetchBytes : groups * Weights::kGroupBytes);
-    const float* x = static_cast<const float*>(task.x) + first;
-    for (int64_t row = 0, m = 0; row < task.rows; row += m) {
-      const int64_t rows_left = task.rows - row;
-      m = rows_left < Simd::kTileRows ? rows_left : Simd::kTileRows;
-      if (m < rows_left && rows_left - m < kLeastTileRows) m = rows_left - kLeastTileRows;
-      kTiles[m](block, x + row * task.x_stride, task.x_stride, groups,
-                accumulators + row * kOutputs, task.accumulate || first > 0,
-                {next, prefetch_bytes});
-      next += groups / kUnroll * prefetch_bytes;
+    const char* next = block + groups * Weights::kGroupBytes;
+    for (int64_t row = 0, t = 0; t < tiles; ++t) {
+      const int64_t m = task.rows / tiles + (t < task.rows % tiles ? 1 : 0);
+      const auto tile = (t < 2 ? kRowTiles<Weights, 1> : kRowTiles<Weights, 0>)[m];
+      tile(block, x + first + row * task.x_stride, task.x_stride, groups,
+           accumulators + row * kOutputs, task.accumulate || first > 0, next);
+      next += groups / kStep * 64;
+      row += m;
     }
   }
 }

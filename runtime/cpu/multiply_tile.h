@@ -41,19 +41,17 @@ struct F32Weights : PlainWeights {
   }
 };
 
-// Memory that a tile asks for while it works: `bytes` from `next` on for every kUnroll groups.
-struct TilePrefetch {
-  const char* next = nullptr;
-  int64_t bytes = 0;  // 0: none
-};
+// Groups of k that a tile takes at a time: at least two cache lines of weights. No more: requests for
+// later weights, spread evenly, let arithmetic and memory overlap best (docs/cpu.md).
+template <typename Weights>
+constexpr int64_t kStepGroups = Weights::kGroupBytes < 128 ? 128 / Weights::kGroupBytes : 1;
 
-constexpr int kUnroll = 4;
-
-// out[p][r] (+)= x[r] . panel p, for M rows and N panels, over `groups` groups of k.
-template <typename Weights, int M, int N>
+// out[p][r] (+)= x[r] . panel p, for M rows and N panels, over `groups` groups of k. With each step of
+// kStepGroups it asks for kLines cache lines more, from `next` on.
+template <typename Weights, int M, int N, int kLines = 0>
 FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const float* x,
                                  int64_t x_stride, int64_t groups, float* out,
-                                 int64_t out_panel_stride, bool accumulate, TilePrefetch prefetch) {
+                                 int64_t out_panel_stride, bool accumulate, const char* next) {
   using F = Simd::F;
   constexpr int64_t kOutputs = 2 * Simd::kLanes;
   F sum[N][M][2];
@@ -84,14 +82,16 @@ FRSPEC_INLINE void multiply_tile(const char* weights, int64_t panel_bytes, const
       }
     }
   };
+  constexpr int64_t kStep = kStepGroups<Weights>;
   int64_t group = 0;
-  for (; group + kUnroll <= groups; group += kUnroll) {
-    for (int64_t at = 0; at < prefetch.bytes; at += 64) Simd::prefetch(prefetch.next + at);
-    prefetch.next += prefetch.bytes;
+  for (; group + kStep <= groups; group += kStep) {
+#pragma GCC unroll 2
+    for (int line = 0; line < kLines; ++line) Simd::prefetch(next + line * 64);
+    next += kLines * 64;
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) step(weights + u * Weights::kGroupBytes, x + u);
-    weights += kUnroll * Weights::kGroupBytes;
-    x += kUnroll;
+    for (int64_t u = 0; u < kStep; ++u) step(weights + u * Weights::kGroupBytes, x + u);
+    weights += kStep * Weights::kGroupBytes;
+    x += kStep;
   }
   for (; group < groups; ++group) {
     step(weights, x);
