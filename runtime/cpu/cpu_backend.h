@@ -115,7 +115,7 @@ class CpuBackend final : public Backend {
   void check_output(const char* op, const Tensor& out) const;
   void check_cache(const char* op, const KvLayer& kv) const;
   template <typename Body>
-  void for_panel_groups(int64_t rows, int64_t panels, const Body& body);
+  void for_panel_runs(int64_t rows, int64_t panels, const Body& body);
   void find_likeliest(const Tensor& logits);
   void sample_all(int32_t* tokens, const Tensor& logits, const Sampling& sampling,
                   const int32_t* positions);

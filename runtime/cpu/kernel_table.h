@@ -31,7 +31,6 @@ constexpr Kernels make_table(const char* name) {
   table.layouts[0] = plain_layout();  // by DType: kF32, kF16, kBF16
   table.layouts[1] = plain_layout();
   table.layouts[2] = halves_layout();
-  table.row_panels = Simd::kRowPanels;
   table.multiply[0] = multiply<F32Weights>;
   table.multiply[1] = multiply<F16Weights>;
   table.multiply[2] = multiply<BF16Weights>;

@@ -120,7 +120,6 @@ struct Kernels {
   int64_t panel;           // P, outputs of a panel
   PanelLayout layouts[3];  // by DType: kF32, kF16, kBF16
   bool rounds_inputs[3];   // whether x goes through round_rows first
-  int64_t row_panels;      // panels that a single row is multiplied with at a time
 
   void (*multiply[3])(const MultiplyTask& task);
   // out [rows, cols] = x in bf16, rounded to nearest even; of an odd number of columns a zero is

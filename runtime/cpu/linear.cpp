@@ -52,27 +52,25 @@ CpuBackend::InputRows CpuBackend::input_rows(const Tensor& x, DType weight_dtype
   return {rounded_rows_, stride / 2};
 }
 
-// body(first row, rows, first panel, panels, accumulators) for all rows and panels. The tasks are
-// small: the narrow layers of small models have no more than 18 panels to share out.
+// body(first row, rows, first panel, panels, accumulators) for all rows and panels. What threads
+// share out are single panels: the narrow layers of small models have no more than 18.
 template <typename Body>
-void CpuBackend::for_panel_groups(int64_t rows, int64_t panels, const Body& body) {
-  const int64_t group = rows == 1 ? kernels_.row_panels : 1;
+void CpuBackend::for_panel_runs(int64_t rows, int64_t panels, const Body& body) {
+  FRSPEC_CHECK(rows <= limits_.rows, Error, "linear: ", rows,
+               " rows exceed the planned workspace of ", limits_.rows);
   const int64_t row_blocks = (rows + kLinearRowBlock - 1) / kLinearRowBlock;
   int64_t row_block = rows;
   if (row_blocks > 1) {
     row_block = (rows + row_blocks - 1) / row_blocks;
     row_block = (row_block + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   }
-  FRSPEC_CHECK(accumulator_count(row_block, kernels_) <= accumulators_per_thread_, Error,
-               "linear: ", rows, " rows exceed the planned workspace of ", limits_.rows);
-  const int64_t groups = (panels + group - 1) / group;
-  pool_.parallel_for(groups * row_blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+  const int64_t run = row_blocks == 1 ? panel_run(rows, kernels_) : 1;
+  pool_.parallel_for(panels * row_blocks, 1, [&](int64_t begin, int64_t end, int thread) {
     float* accumulators = accumulators_ + thread * accumulators_per_thread_;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin; i < end; i += run) {
       const int64_t first_row = i % row_blocks * row_block;
-      const int64_t first_panel = i / row_blocks * group;
-      body(first_row, std::min(row_block, rows - first_row), first_panel,
-           std::min(group, panels - first_panel), accumulators);
+      body(first_row, std::min(row_block, rows - first_row), i / row_blocks, std::min(run, end - i),
+           accumulators);
     }
   });
 }
@@ -91,7 +89,7 @@ void CpuBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight& 
   const InputRows rows_in = input_rows(x, w.dtype);
   const auto multiply = kernels_.multiply[static_cast<int>(w.dtype)];
   const int64_t panels = (w.out_features + panel - 1) / panel;
-  for_panel_groups(
+  for_panel_runs(
       x.rows, panels,
       [&](int64_t first_row, int64_t rows, int64_t first_panel, int64_t count,
           float* accumulators) {
@@ -144,7 +142,7 @@ void CpuBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearW
       }
     }
   };
-  for_panel_groups(x.rows, panels, body);
+  for_panel_runs(x.rows, panels, body);
 }
 
 }  // namespace frspec::cpu

@@ -12,7 +12,7 @@ constexpr int64_t kBlockBytes = 64 << 10;
 // A single tile asks for its weights this far ahead, once it has enough rows that arithmetic takes
 // about as long as memory: the hardware's prefetchers alone leave the two taking turns. With fewer
 // rows they are best left alone (docs/cpu.md has the measurement).
-constexpr int64_t kPrefetchBytes = 7168;
+constexpr int64_t kPrefetchBytes = 6656;
 constexpr int64_t kPrefetchRows = 3;  // times kGroup
 
 // A row has two sums for each panel: panels side by side hide the latency of its multiply-adds.

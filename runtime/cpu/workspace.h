@@ -13,9 +13,15 @@ constexpr int64_t kLinearRowBlock = 192;
 // Blocks of several are cut to whole tiles of every instruction set.
 constexpr int64_t kRowMultiple = 12;
 static_assert(kLinearRowBlock % kRowMultiple == 0);
-// Sums of one task: two panels (gate and up) of all rows, or of one row two groups of panels.
+// Sums of a run: the panels that a thread multiplies one after the other before it looks at their
+// sums. Of gate and up it so reads long runs in turns, which the hardware's prefetchers can follow.
+constexpr int64_t kRunSums = 4096;
+inline int64_t panel_run(int64_t rows, const Kernels& kernels) {
+  return std::max<int64_t>(1, kRunSums / (rows * kernels.panel));
+}
+// Sums of one task: a run of panels for both, gate and up.
 inline int64_t accumulator_count(int64_t rows, const Kernels& kernels) {
-  return 2 * kernels.panel * std::max(rows, kernels.row_panels);
+  return 2 * kernels.panel * std::max(rows, kRunSums / kernels.panel);
 }
 // Up to this many rows attention may be cut into splits, whose partial results need memory.
 constexpr int64_t kSplitRows = 16;
