@@ -14,6 +14,7 @@ namespace frspec::cpu {
 //   values  [slots / kKvBlock, panels of D, kKvBlock / 2, kKvPanel, 2]: pairs of slots
 struct PairedKv {
   using Element = uint16_t;
+  static constexpr int64_t kKeyRun = 2;  // elements of a key that lie beside each other
 
   static constexpr int64_t head_elements(int64_t slots, int64_t head_dim) {
     return slots * ((head_dim + kKvPanel - 1) / kKvPanel * kKvPanel);
@@ -34,6 +35,7 @@ struct PairedKv {
 //   values  [slots, D]
 struct PlainKv {
   using Element = float;
+  static constexpr int64_t kKeyRun = 1;
 
   static constexpr int64_t head_elements(int64_t slots, int64_t head_dim) {
     return slots * head_dim;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "check.h"
 #include "cpu/cpu_backend.h"
@@ -9,16 +10,25 @@ namespace {
 
 constexpr int64_t kRowBlock = 64;
 
+// Key and value of one head, [D] each, into a slot. Elements whose places follow each other by the
+// same step are taken together: what a place is made of is worked out once for all of them.
 template <typename Layout>
 void append(const KvLayer& kv, int64_t head, int64_t slot, const typename Layout::Element* key,
             const typename Layout::Element* value) {
   using Element = typename Layout::Element;
   const int64_t first = head * Layout::head_elements(kv.slots, kv.head_dim);
-  Element* keys = static_cast<Element*>(kv.keys) + first;
+  Element* keys = static_cast<Element*>(kv.keys) + first + Layout::key(kv.head_dim, slot, 0);
   Element* values = static_cast<Element*>(kv.values) + first;
-  for (int64_t d = 0; d < kv.head_dim; ++d) {
-    keys[Layout::key(kv.head_dim, slot, d)] = key[d];
-    values[Layout::value(kv.head_dim, slot, d)] = value[d];
+  constexpr int64_t kKeyStep = Layout::key(0, 0, Layout::kKeyRun);
+  for (int64_t d = 0; d < kv.head_dim; d += Layout::kKeyRun) {
+    std::memcpy(keys, key + d, sizeof(Element) * Layout::kKeyRun);
+    keys += kKeyStep;
+  }
+  constexpr int64_t kValueStep = Layout::value(0, 0, 1);
+  for (int64_t d = 0; d < kv.head_dim; d += kKvPanel) {
+    Element* to = values + Layout::value(kv.head_dim, slot, d);
+    const int64_t count = std::min(kKvPanel, kv.head_dim - d);
+    for (int64_t i = 0; i < count; ++i) to[i * kValueStep] = value[d + i];
   }
 }
 
