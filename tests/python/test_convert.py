@@ -318,6 +318,25 @@ def test_what_a_killed_conversion_left_goes_with_the_next(model: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_a_folder_that_a_killed_conversion_moved_away_comes_back(model, tmp_path) -> None:
+    out = convert(model, tmp_path / "out", dtype="bf16")
+    before = (out / "model.safetensors").read_bytes()
+    kill = (
+        "import os, sys; from frspec.convert import convert\n"
+        "rename = os.rename\n"
+        "os.rename = lambda *names: (rename(*names), os.kill(os.getpid(), 9))\n"
+        "convert(*sys.argv[1:], dtype='fp16', force=True)"
+    )
+    ended = subprocess.run([sys.executable, "-c", kill, str(model), str(out)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(ConversionError, match="expected a new or empty folder"):
+        convert(model, out)
+    assert (out / "model.safetensors").read_bytes() == before
+    convert(model, out, dtype="fp16", force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
 def test_existing_output(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

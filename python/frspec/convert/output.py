@@ -28,7 +28,14 @@ _DATA_ALIGNMENT = 64
 
 
 def check_destination(out: Path, sources: Sequence[Path], force: bool) -> None:
-    """Refuses an `out` that would overwrite something other than an old model folder."""
+    """Refuses an `out` that would overwrite something other than an old model folder.
+
+    One that a killed run had moved away, and not replaced yet, comes back before.
+    """
+    for place in _abandoned(out, "old"):
+        if (place / out.name).exists() and not out.exists():
+            os.rename(place / out.name, out)
+        shutil.rmtree(place, ignore_errors=True)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConversionError(f"{out}: expected a new folder to write, found a file or link")
     resolved = out.resolve()
@@ -60,7 +67,8 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         parent = parent.parent
     if not parent.is_dir():
         raise ConversionError(f"{out}: expected a path inside a folder, found the file {parent}")
-    _remove_abandoned(parent, out.name)
+    for abandoned in _abandoned(out, "partial"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise ConversionError(f"{out}: {nbytes} bytes needed, found {free} bytes free in {parent}")
@@ -68,14 +76,16 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
     except OSError as error:
         raise ConversionError(f"{out}: cannot write into {parent}: {error.strerror}") from error
-    replaced = lock = None
+    replaced = None
+    locks = []
     try:
-        lock = _lock(stage)
+        locks.append(_lock(stage))
         stage.chmod(0o777 & ~umask())  # mkdtemp's folder is private; a model folder is not
         yield stage
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and any(out.iterdir()):
             replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=parent))
+            locks.append(_lock(replaced))
             os.rename(out, replaced / out.name)
         os.rename(stage, out)
     except OSError as error:
@@ -87,8 +97,9 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         for leftover in (stage, replaced):
             if leftover is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        for lock in locks:
+            if lock is not None:
+                os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
@@ -103,15 +114,20 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _remove_abandoned(parent: Path, name: str) -> None:
-    """Removes stages whose process was killed: nobody locks them."""
-    for stage in parent.glob(f".{glob.escape(name)}.????????.partial"):  # as mkdtemp names it
+def _abandoned(out: Path, suffix: str) -> Iterator[Path]:
+    """Temporary folders for `out` whose process was killed: nobody locks them."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        return
+    for folder in parent.glob(f".{glob.escape(out.name)}.????????.{suffix}"):  # as mkdtemp's are
         try:
-            lock = _lock(stage)
+            lock = _lock(folder)
         except OSError:  # another user's
             continue
         if lock is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+            yield folder
             os.close(lock)
 
 
