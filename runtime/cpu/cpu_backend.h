@@ -131,7 +131,7 @@ class CpuBackend final : public Backend {
 
   // Scratch, from layout().
   WorkspaceLimits limits_;
-  float* accumulators_ = nullptr;  // [threads, rows of a block, outputs of a task]
+  float* accumulators_ = nullptr;  // [threads, gate and up, panels of a run, rows, P]
   int64_t accumulators_per_thread_ = 0;
   uint16_t* rounded_rows_ = nullptr;               // [rows, in_features]
   float* rows_to_round_ = nullptr;                 // [threads, in_features]

@@ -1,4 +1,4 @@
-// Matrix products: cuts them into groups of panels (and blocks of rows) for the threads.
+// Matrix products: cuts them into runs of panels (and blocks of rows) for the threads.
 #include <algorithm>
 
 #include "check.h"

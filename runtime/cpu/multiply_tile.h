@@ -41,10 +41,10 @@ struct F32Weights : PlainWeights {
   }
 };
 
-// Groups of k that a tile takes at a time: two cache lines of weights, or a group. No more:
-// requests for later weights, spread evenly, let arithmetic and memory overlap best (docs/cpu.md).
+// Groups of k that a tile takes at a time: two cache lines of weights. No more: requests for later
+// weights, spread evenly, let arithmetic and memory overlap best (docs/cpu.md).
 template <typename Weights>
-constexpr int64_t kStepGroups = Weights::kGroupBytes < 128 ? 128 / Weights::kGroupBytes : 1;
+constexpr int64_t kStepGroups = 128 / Weights::kGroupBytes;
 
 // out[p][r] (+)= x[r] . panel p, for M rows and N panels, over `groups` groups of k. With each step
 // of kStepGroups it asks for kLines cache lines more, from `next` on.

@@ -21,8 +21,7 @@ void append(const KvLayer& kv, int64_t head, int64_t slot, const typename Layout
   Element* values = static_cast<Element*>(kv.values) + first;
   constexpr int64_t kKeyStep = Layout::key(0, 0, Layout::kKeyRun);
   for (int64_t d = 0; d < kv.head_dim; d += Layout::kKeyRun) {
-    std::memcpy(keys, key + d, sizeof(Element) * Layout::kKeyRun);
-    keys += kKeyStep;
+    std::memcpy(keys + d / Layout::kKeyRun * kKeyStep, key + d, sizeof(Element) * Layout::kKeyRun);
   }
   constexpr int64_t kValueStep = Layout::value(0, 0, 1);
   for (int64_t d = 0; d < kv.head_dim; d += kKvPanel) {
@@ -44,8 +43,8 @@ void CpuBackend::rope_and_append(const Tensor& qkv, const KvLayer& kv, const Ten
                Error, "rope_and_append: qkv has ", qkv.cols, " columns, the cache ", kv.heads,
                " heads of ", head_dim, ", the rope table ", rope.cols, " columns");
   const int64_t half = head_dim / 2;
-  FRSPEC_CHECK(head_dim <= kMaxHeadDim, Error, "rope_and_append: head_dim is ", head_dim,
-               ", at most ", kMaxHeadDim, " is possible");
+  FRSPEC_CHECK(head_dim <= kMaxHeadDim && head_dim % 8 == 0, Error, "rope_and_append: head_dim is ",
+               head_dim, ", expected a multiple of 8 up to ", kMaxHeadDim);
   if (qkv.rows == 0) return;
   // A task is a head of some rows, not a row: slots beside each other have elements in one cache
   // line, which two threads should not write. Keys and values come last, as among the outputs of

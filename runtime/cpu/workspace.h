@@ -13,8 +13,9 @@ constexpr int64_t kLinearRowBlock = 192;
 // Blocks of several are cut to whole tiles of every instruction set.
 constexpr int64_t kRowMultiple = 12;
 static_assert(kLinearRowBlock % kRowMultiple == 0);
-// Sums of a run: the panels that a thread multiplies one after the other before it looks at their
-// sums. Of gate and up it so reads long runs in turns, which the hardware's prefetchers can follow.
+// Sums of a run (of gate and up each): the panels that a thread multiplies one after the other
+// before it looks at their sums. Gate and up are long streams then, which the hardware's
+// prefetchers can follow.
 constexpr int64_t kRunSums = 4096;
 inline int64_t panel_run(int64_t rows, const Kernels& kernels) {
   return std::max<int64_t>(1, kRunSums / (rows * kernels.panel));

@@ -90,6 +90,8 @@ TEST_CASE("linear equals the double-precision product for ragged shapes") {
       }
       check_linear(*backend, *kernels, dtype, 4, 1792, 509, true, true);
       check_linear(*backend, *kernels, dtype, 9, 4864, 31, true, true);
+      check_linear(*backend, *kernels, dtype, 13, 4864, 33, true, true);  // tiles times blocks of k
+      check_linear(*backend, *kernels, dtype, 25, 2101, 33, true, true);
       check_linear(*backend, *kernels, dtype, 400, 300, 50, true, true);
     }
   }
@@ -117,10 +119,10 @@ TEST_CASE("linear_swiglu equals silu(gate) * up in double precision") {
   for (const Kernels* kernels : all_kernels()) {
     CAPTURE(kernels->name);
     for (const DType dtype : kWeightTypes) {
-      TestBackend backend(*kernels, 2, product_limits(64, 600));
-      for (const int64_t n : {1, 2, 7, 33}) {
-        for (const int64_t out : {1, 72, 101}) {
-          const int64_t in = 577;
+      for (const int64_t n : {1, 2, 7, 33, 64, 200}) {
+        const int64_t in = 577;
+        TestBackend backend(*kernels, n % 2 == 0 ? 2 : 1, product_limits(n, in));
+        for (const int64_t out : {1, 72, n > 64 ? 33 : 157}) {
           Random random(static_cast<uint32_t>(n + out));
           Matrix x(n, in, random);
           TestWeight gate(*backend, dtype, Matrix(out, in, random, 0.1f));
@@ -151,6 +153,7 @@ TEST_CASE("a row of linear has the same bits alone and among others, for every t
     for (const DType dtype : kWeightTypes) {
       Random random(11);
       Matrix x(512, kIn, random);
+      for (int64_t r = 65; r < 512; ++r) std::copy_n(x.row(r % 65), kIn, x.row(r));
       Matrix w(kOut, kIn, random, 0.1f);
       Matrix v(kOut, kIn, random, 0.1f);
       Matrix alone(65, kOut);
@@ -186,7 +189,9 @@ TEST_CASE("a row of linear has the same bits alone and among others, for every t
         Matrix y(512, kOut);
         backend->linear(y.tensor(), x.tensor(), weight.weight());
         bool same = true;
-        for (int64_t r = 0; r < 65; ++r) same = same && equal_bits(y.row(r), alone.row(r), kOut);
+        for (int64_t r = 0; r < 512; ++r) {
+          same = same && equal_bits(y.row(r), alone.row(r % 65), kOut);
+        }
         CHECK(same);
       }
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -329,7 +330,14 @@ def test_a_folder_that_a_killed_conversion_moved_away_comes_back(model, tmp_path
     )
     ended = subprocess.run([sys.executable, "-c", kill, str(model), str(out)], check=False)
     assert ended.returncode == -signal.SIGKILL
-    assert not out.exists()
+    (place,) = tmp_path.glob(".out.*.replaced")
+    out.mkdir()  # what somebody has put there is let alone, and so is the folder moved away
+    convert(model, out)
+    assert (place / "out" / "model.safetensors").read_bytes() == before
+    shutil.rmtree(out)
+    convert(place / "out", out, dtype="fp32")  # the way out that a user may find by himself
+    assert (place / "out" / "model.safetensors").read_bytes() == before
+    shutil.rmtree(out)
     with pytest.raises(ConversionError, match="expected a new or empty folder"):
         convert(model, out)
     assert (out / "model.safetensors").read_bytes() == before

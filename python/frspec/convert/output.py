@@ -32,10 +32,7 @@ def check_destination(out: Path, sources: Sequence[Path], force: bool) -> None:
 
     One that a killed run had moved away, and not replaced yet, comes back before.
     """
-    for place in _abandoned(out, "old"):
-        if (place / out.name).exists() and not out.exists():
-            os.rename(place / out.name, out)
-        shutil.rmtree(place, ignore_errors=True)
+    _restore_replaced(out, sources)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConversionError(f"{out}: expected a new folder to write, found a file or link")
     resolved = out.resolve()
@@ -67,8 +64,7 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         parent = parent.parent
     if not parent.is_dir():
         raise ConversionError(f"{out}: expected a path inside a folder, found the file {parent}")
-    for abandoned in _abandoned(out, "partial"):
-        shutil.rmtree(abandoned, ignore_errors=True)
+    _remove_abandoned(parent, out.name)
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise ConversionError(f"{out}: {nbytes} bytes needed, found {free} bytes free in {parent}")
@@ -84,7 +80,9 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         yield stage
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and any(out.iterdir()):
-            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=parent))
+            replaced = Path(
+                tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".replaced", dir=out.parent)
+            )
             locks.append(_lock(replaced))
             os.rename(out, replaced / out.name)
         os.rename(stage, out)
@@ -114,21 +112,40 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _abandoned(out: Path, suffix: str) -> Iterator[Path]:
-    """Temporary folders for `out` whose process was killed: nobody locks them."""
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        return
-    for folder in parent.glob(f".{glob.escape(out.name)}.????????.{suffix}"):  # as mkdtemp's are
+def _remove_abandoned(parent: Path, name: str) -> None:
+    """Removes stages whose process was killed: nobody locks them."""
+    for stage in parent.glob(f".{glob.escape(name)}.????????.partial"):  # as mkdtemp names it
         try:
-            lock = _lock(folder)
+            lock = _lock(stage)
         except OSError:  # another user's
             continue
         if lock is not None:
-            yield folder
+            shutil.rmtree(stage, ignore_errors=True)
             os.close(lock)
+
+
+def _restore_replaced(out: Path, sources: Sequence[Path]) -> None:
+    """Moves back what a run moved away from `out` and was killed before it put the new in place.
+
+    Deletes nothing that holds anything; what cannot be moved stays where it is.
+    """
+    if os.path.lexists(out) or not out.parent.is_dir():
+        return
+    for place in out.parent.glob(f".{glob.escape(out.name)}.????????.replaced"):
+        if any(place.resolve() in source.resolve().parents for source in sources):
+            continue
+        lock = None
+        try:
+            lock = _lock(place)
+            if lock is not None and os.listdir(place) == [out.name]:
+                os.rename(place / out.name, out)
+                os.rmdir(place)
+                return
+        except OSError:  # another user's
+            continue
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:
