@@ -62,15 +62,14 @@ void CpuBackend::attention(const Tensor& out, const Tensor& q, const KvLayer& kv
   // Large tiles share the work on keys and values, small ones keep all threads busy; cutting long
   // contexts into splits does both.
   const int64_t wanted_tasks = 4 * pool_.threads();
-  const int64_t least_tile = std::min(rows, (kLeastQueries + heads - 1) / heads);
   const int64_t max_splits =
       std::max<int64_t>(1, (visible.max_length + kAttentionSplit - 1) / kAttentionSplit);
   const int64_t partial = head_dim + 2;
   const bool splits = pool_.threads() > 1 && max_splits > 1 &&
                       rows * query_heads * max_splits * partial <= split_partials_size_;
   const int64_t split_tasks = splits ? max_splits : 1;
-  const int64_t tile = std::min(std::max(rows * kv.heads * split_tasks / wanted_tasks, least_tile),
-                                kAttentionQueries / heads);
+  const int64_t tile = std::clamp(rows * kv.heads * split_tasks / wanted_tasks,
+                                  (kLeastQueries + heads - 1) / heads, kAttentionQueries / heads);
   const int64_t tiles = (rows + tile - 1) / tile;
 
   const bool rounds = out.dtype == DType::kBF16;

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def staged_folder(out: Path, nbytes: int) -> Iterator[Path]:
         parent = parent.parent
     if not parent.is_dir():
         raise ConversionError(f"{out}: expected a path inside a folder, found the file {parent}")
-    _remove_abandoned(parent, out.name)
+    for abandoned in _abandoned(parent, out.name, "partial"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise ConversionError(f"{out}: {nbytes} bytes needed, found {free} bytes free in {parent}")
@@ -112,15 +113,18 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _remove_abandoned(parent: Path, name: str) -> None:
-    """Removes stages whose process was killed: nobody locks them."""
-    for stage in parent.glob(f".{glob.escape(name)}.????????.partial"):  # as mkdtemp names it
+def _abandoned(parent: Path, name: str, suffix: str) -> Iterator[Path]:
+    """Temporary folders, named as mkdtemp does, whose process was killed: nobody locks them."""
+    for folder in parent.glob(f".{glob.escape(name)}.????????.{suffix}"):
         try:
-            lock = _lock(stage)
+            lock = _lock(folder)
         except OSError:  # another user's
             continue
-        if lock is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        if lock is None:
+            continue
+        try:
+            yield folder
+        finally:
             os.close(lock)
 
 
@@ -131,21 +135,14 @@ def _restore_replaced(out: Path, sources: Sequence[Path]) -> None:
     """
     if os.path.lexists(out) or not out.parent.is_dir():
         return
-    for place in out.parent.glob(f".{glob.escape(out.name)}.????????.replaced"):
+    for place in _abandoned(out.parent, out.name, "replaced"):
         if any(place.resolve() in source.resolve().parents for source in sources):
             continue
-        lock = None
-        try:
-            lock = _lock(place)
-            if lock is not None and os.listdir(place) == [out.name]:
+        with suppress(OSError):  # another user's
+            if os.listdir(place) == [out.name]:
                 os.rename(place / out.name, out)
                 os.rmdir(place)
                 return
-        except OSError:  # another user's
-            continue
-        finally:
-            if lock is not None:
-                os.close(lock)
 
 
 def write_json(path: Path, value: Any) -> None:
