@@ -69,31 +69,35 @@ inline std::vector<std::vector<int32_t>> random_paths(int64_t nodes, Random& ran
 template <typename Queries, typename Cache, typename Check>
 void attention_reference(const Queries& q, Cache& cache, const AttentionView& view,
                          const AttentionShape& shape, const Check& check) {
+  const int64_t head_dim = shape.head_dim;
   for (int64_t r = 0; r < q.rows(); ++r) {
     const std::vector<int32_t>& slots = view.slots[static_cast<size_t>(r)];
     for (int64_t h = 0; h < shape.query_heads; ++h) {
       const int64_t head = h / (shape.query_heads / shape.heads);
+      const float* query = q.row(r) + h * head_dim;
       std::vector<double> weight(slots.size());
       double max = -1e300;
       for (size_t t = 0; t < slots.size(); ++t) {
+        const float* key = cache.key(head, slots[t]);
         double score = 0;
-        for (int64_t d = 0; d < shape.head_dim; ++d) {
-          score += double{q.row(r)[h * shape.head_dim + d]} * cache.key(head, slots[t])[d];
-        }
-        weight[t] = score / std::sqrt(static_cast<double>(shape.head_dim));
+        for (int64_t d = 0; d < head_dim; ++d) score += double{query[d]} * key[d];
+        weight[t] = score / std::sqrt(static_cast<double>(head_dim));
         max = std::max(max, weight[t]);
       }
       double sum = 0;
       for (double& value : weight) sum += value = std::exp(value - max);
-      for (int64_t d = 0; d < shape.head_dim; ++d) {
-        double want = 0;
-        double magnitude = 0;
-        for (size_t t = 0; t < slots.size(); ++t) {
-          const double part = weight[t] / sum * cache.value(head, slots[t])[d];
-          want += part;
-          magnitude += std::fabs(part);
+      std::vector<double> want(static_cast<size_t>(head_dim));
+      std::vector<double> magnitude(static_cast<size_t>(head_dim));
+      for (size_t t = 0; t < slots.size(); ++t) {
+        const float* value = cache.value(head, slots[t]);
+        for (size_t d = 0; d < want.size(); ++d) {
+          const double part = weight[t] / sum * value[d];
+          want[d] += part;
+          magnitude[d] += std::fabs(part);
         }
-        check(r, h * shape.head_dim + d, want, magnitude);
+      }
+      for (size_t d = 0; d < want.size(); ++d) {
+        check(r, h * head_dim + static_cast<int64_t>(d), want[d], magnitude[d]);
       }
     }
   }

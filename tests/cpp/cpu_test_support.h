@@ -121,37 +121,42 @@ class TestKv {
     dtype_ = dtype;
     KvLayer layer{nullptr, nullptr, dtype, heads_, slots_, head_dim_};
     for (std::vector<char>& packed : packed_) packed.assign(backend.kv_bytes(layer), 0);
-    for_each([&](float& value, void* packed) { convert(packed, dtype, &value, DType::kF32, 1); });
+    move(true);
     layer.keys = packed_[0].data();
     layer.values = packed_[1].data();
     return layer;
   }
   // What an op has written to the layer.
-  void unpack() {
-    for_each([&](float& value, void* packed) { convert(&value, DType::kF32, packed, dtype_, 1); });
-  }
+  void unpack() { move(false); }
 
  private:
-  template <typename Body>
-  void for_each(const Body& body) {
+  void move(bool pack) {
     if (dtype_ == DType::kBF16) {
-      for_each_of<PairedKv>(body);
+      move_as<PairedKv>(pack);
     } else {
-      for_each_of<PlainKv>(body);
+      move_as<PlainKv>(pack);
     }
   }
-  template <typename Layout, typename Body>
-  void for_each_of(const Body& body) {
+  template <typename Layout>
+  void move_as(bool pack) {
     using Element = typename Layout::Element;
+    std::vector<Element> row(static_cast<size_t>(head_dim_));
+    const auto move_row = [&](float* plain, Element* packed, const auto& place) {
+      if (pack) convert(row.data(), dtype_, plain, DType::kF32, head_dim_);
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        Element& there = packed[place(d)];
+        Element& here = row[static_cast<size_t>(d)];
+        (pack ? there : here) = pack ? here : there;
+      }
+      if (!pack) convert(plain, DType::kF32, row.data(), dtype_, head_dim_);
+    };
     for (int64_t h = 0; h < heads_; ++h) {
       const int64_t first = h * Layout::head_elements(slots_, head_dim_);
-      Element* keys = reinterpret_cast<Element*>(packed_[0].data()) + first;
-      Element* values = reinterpret_cast<Element*>(packed_[1].data()) + first;
       for (int64_t slot = 0; slot < slots_; ++slot) {
-        for (int64_t d = 0; d < head_dim_; ++d) {
-          body(key(h, slot)[d], keys + Layout::key(head_dim_, slot, d));
-          body(value(h, slot)[d], values + Layout::value(head_dim_, slot, d));
-        }
+        move_row(key(h, slot), reinterpret_cast<Element*>(packed_[0].data()) + first,
+                 [&](int64_t d) { return Layout::key(head_dim_, slot, d); });
+        move_row(value(h, slot), reinterpret_cast<Element*>(packed_[1].data()) + first,
+                 [&](int64_t d) { return Layout::value(head_dim_, slot, d); });
       }
     }
   }

@@ -74,18 +74,39 @@ int32_t brute_force(const float* row, const std::vector<int32_t>& set, const Sam
   return token;
 }
 
-void check_sampling(Backend& backend, Matrix& logits, const Sampling& sampling) {
+struct NamedBackend {
+  const char* name;
+  TestBackend backend;
+};
+
+// One for each instruction set, with two threads.
+std::vector<NamedBackend> all_backends(const WorkspaceLimits& limits) {
+  std::vector<NamedBackend> result;
+  for (const Kernels* kernels : all_kernels()) {
+    result.push_back({kernels->name, TestBackend(*kernels, 2, limits)});
+  }
+  return result;
+}
+
+void check_sampling(const std::vector<NamedBackend>& backends, Matrix& logits,
+                    const Sampling& sampling) {
   const int64_t n = logits.rows();
   std::vector<int32_t> positions;
-  for (int32_t r = 0; r < n; ++r) positions.push_back(100 * r + 3);
-  std::vector<int32_t> tokens(static_cast<size_t>(n), -1);
-  backend.choose_tokens(tokens.data(), logits.tensor(), &sampling, positions.data());
-  for (int64_t r = 0; r < n; ++r) {
+  std::vector<int32_t> wanted;  // -1: not determined
+  for (int32_t r = 0; r < n; ++r) {
+    positions.push_back(100 * r + 3);
     double margin = 1;
     const auto set = filtered(logits.row(r), logits.cols(), sampling, margin);
-    if (margin < 3e-6) continue;
-    const size_t index = static_cast<size_t>(r);
-    CHECK(tokens[index] == brute_force(logits.row(r), set, sampling, positions[index]));
+    wanted.push_back(margin < 3e-6 ? -1
+                                   : brute_force(logits.row(r), set, sampling, positions.back()));
+  }
+  for (const NamedBackend& each : backends) {
+    CAPTURE(each.name);
+    std::vector<int32_t> tokens(static_cast<size_t>(n), -1);
+    each.backend->choose_tokens(tokens.data(), logits.tensor(), &sampling, positions.data());
+    for (size_t r = 0; r < tokens.size(); ++r) {
+      if (wanted[r] >= 0) CHECK(tokens[r] == wanted[r]);
+    }
   }
 }
 
@@ -113,49 +134,43 @@ TEST_CASE("at temperature 0 the lowest of the largest logits is chosen") {
 }
 
 TEST_CASE("sampling without filters is the exact arg max over all tokens") {
-  for (const Kernels* kernels : all_kernels()) {
-    CAPTURE(kernels->name);
-    for (const int64_t vocab : {1, 5, 1000, 16385, 40003}) {
-      TestBackend backend(*kernels, 2, limits_for(12, vocab));
-      Random random(static_cast<uint32_t>(vocab));
-      for (const float spread : {0.0f, 0.01f, 2.0f, 5.0f, 30.0f}) {
-        Matrix logits(12, vocab, random, spread);
-        for (const float temperature : {0.05f, 0.7f, 1.0f, 10.0f}) {
-          Sampling sampling;
-          sampling.temperature = temperature;
-          sampling.seed = static_cast<uint64_t>(random.below(1 << 30)) << 20;
-          check_sampling(*backend, logits, sampling);
-        }
+  for (const int64_t vocab : {1, 5, 1000, 16385, 40003}) {
+    const std::vector<NamedBackend> backends = all_backends(limits_for(12, vocab));
+    Random random(static_cast<uint32_t>(vocab));
+    for (const float spread : {0.0f, 0.01f, 2.0f, 5.0f, 30.0f}) {
+      Matrix logits(12, vocab, random, spread);
+      for (const float temperature : {0.05f, 0.7f, 1.0f, 10.0f}) {
+        Sampling sampling;
+        sampling.temperature = temperature;
+        sampling.seed = static_cast<uint64_t>(random.below(1 << 30)) << 20;
+        check_sampling(backends, logits, sampling);
       }
     }
   }
 }
 
 TEST_CASE("top-k, top-p and min-p keep exactly the tokens that their definition keeps") {
-  for (const Kernels* kernels : all_kernels()) {
-    CAPTURE(kernels->name);
-    for (const int64_t vocab : {5, 1000, 20001}) {
-      TestBackend backend(*kernels, 2, limits_for(6, vocab));
-      Random random(static_cast<uint32_t>(vocab));
-      for (const float spread : {0.0f, 0.5f, 3.0f}) {
-        Matrix logits(6, vocab, random, spread);
-        for (int64_t i = 0; i < vocab; ++i) {  // many ties
-          logits.row(1)[i] = std::round(logits.row(1)[i]);
-        }
-        for (const int32_t top_k : {0, 1, 3, 50, 2000}) {
-          for (const float top_p : {1.0f, 0.999f, 0.9f, 0.3f, 1e-6f}) {
-            for (const float min_p : {0.0f, 0.05f, 1.0f}) {
-              Sampling sampling;
-              sampling.temperature = 0.8f;
-              sampling.top_k = top_k;
-              sampling.top_p = top_p;
-              sampling.min_p = min_p;
-              sampling.seed = static_cast<uint64_t>(random.below(1 << 30));
-              CAPTURE(top_k);
-              CAPTURE(top_p);
-              CAPTURE(min_p);
-              check_sampling(*backend, logits, sampling);
-            }
+  for (const int64_t vocab : {5, 1000, 20001}) {
+    const std::vector<NamedBackend> backends = all_backends(limits_for(6, vocab));
+    Random random(static_cast<uint32_t>(vocab));
+    for (const float spread : {0.0f, 0.5f, 3.0f}) {
+      Matrix logits(6, vocab, random, spread);
+      for (int64_t i = 0; i < vocab; ++i) {  // many ties
+        logits.row(1)[i] = std::round(logits.row(1)[i]);
+      }
+      for (const int32_t top_k : {0, 1, 3, 50, 2000}) {
+        for (const float top_p : {1.0f, 0.999f, 0.9f, 0.3f, 1e-6f}) {
+          for (const float min_p : {0.0f, 0.05f, 1.0f}) {
+            Sampling sampling;
+            sampling.temperature = 0.8f;
+            sampling.top_k = top_k;
+            sampling.top_p = top_p;
+            sampling.min_p = min_p;
+            sampling.seed = static_cast<uint64_t>(random.below(1 << 30));
+            CAPTURE(top_k);
+            CAPTURE(top_p);
+            CAPTURE(min_p);
+            check_sampling(backends, logits, sampling);
           }
         }
       }
