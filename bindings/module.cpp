@@ -84,7 +84,7 @@ NB_MODULE(_core, m) {
             device["available"] = true;
             device["description"] = info.description;
             device["available_bytes"] = info.available_bytes;
-          } catch (const frspec::DeviceError& error) {
+          } catch (const frspec::Error& error) {  // absent, or without any free memory
             device["available"] = false;
             device["description"] = error.what();
             device["available_bytes"] = 0;

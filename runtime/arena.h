@@ -34,6 +34,7 @@ class Arena {
  public:
   // More than cache lines, vector loads and bulk copies ask for: what cuBLAS asks of its workspace.
   static constexpr size_t kAlignment = 256;
+  static constexpr size_t kMostBytes = SIZE_MAX / 2;
 
   Arena() = default;  // planning: every take() returns null
   Arena(void* base, size_t capacity) : base_(static_cast<char*>(base)), capacity_(capacity) {}
@@ -42,6 +43,9 @@ class Arena {
 
   void* take(const char* name, size_t bytes) {
     const size_t padded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    FRSPEC_CHECK(padded >= bytes && padded <= kMostBytes - used_, MemoryPlanError, "memory plan: '",
+                 name, "' brings it beyond the ", kMostBytes,
+                 " bytes that can be addressed; a shorter context needs less");
     FRSPEC_CHECK(planning() || used_ + padded <= capacity_, MemoryPlanError,
                  "memory plan exceeded by '", name, "': planned ", capacity_, " bytes, needed ",
                  used_ + padded);

@@ -179,11 +179,6 @@ const HostTensor& Checkpoint::tensor(const std::string& name,
   return found;
 }
 
-void Checkpoint::prefetch(const std::string& name) {
-  const auto found = tensors_.find(name);
-  if (found != tensors_.end()) found->second->prefetch(name);
-}
-
 void Checkpoint::release(const HostTensor& tensor, size_t bytes) {
   tensor.file->release(tensor, bytes);
 }

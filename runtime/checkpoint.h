@@ -29,8 +29,6 @@ class Checkpoint {
   // The same for any shape: for checkpoints that decide a size themselves.
   const HostTensor& tensor(const std::string& name);
 
-  // Starts reading the tensor ahead of its use; a name that is absent is ignored.
-  void prefetch(const std::string& name);
   // Drops the tensor's mapped pages once they were copied, so that a loader never holds a whole
   // file's pages next to the copy.
   void release(const HostTensor& tensor) { release(tensor, tensor.bytes); }

@@ -316,8 +316,6 @@ ModelConfig read_config(const std::string& folder, bool drafter) {
     }
   }
   config.eos_token_ids = read_token_ids(keys, "eos_token_id", config.vocab_size);
-  const std::vector<int32_t> bos = read_token_ids(keys, "bos_token_id", config.vocab_size);
-  if (!bos.empty()) config.bos_token_id = bos.front();
   config.synthetic_seed = synthetic_seed(keys);
   return config;
 }

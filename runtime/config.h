@@ -38,7 +38,6 @@ struct ModelConfig {
   bool mlp_bias = false;                   // gate, up and down projections
   std::optional<DType> dtype;              // what the checkpoint says it is stored in
   std::vector<int32_t> eos_token_ids;      // in the file's order, without duplicates; may be empty
-  int32_t bos_token_id = -1;               // -1: none
   std::optional<uint64_t> synthetic_seed;  // random weights instead of tensors (synthetic.h)
 };
 

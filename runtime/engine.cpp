@@ -77,8 +77,7 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
     std::vector<int32_t> sub_vocab;
     if (options.vocab_size > 0) {
       sub_vocab = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
-                                 target_.config.eos_token_ids, options.tokenizer_fingerprint)
-                      .tokens;
+                                 target_.config.eos_token_ids, options.tokenizer_fingerprint);
     }
     draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, tree_shape_,
                                     options.medusa_tree ? &*options.medusa_tree : nullptr);

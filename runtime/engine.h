@@ -57,12 +57,12 @@ struct Timings {
 class Engine {
  public:
   // Reads configs and file headers and plans the memory; no weight is read. Throws ModelError,
-  // RankingError, RequestError (nonsense options) or DeviceError.
+  // RankingError, RequestError (nonsense options), DeviceError, or MemoryPlanError (a plan beyond
+  // all memory, a GPU without room for so much as a context).
   explicit Engine(const EngineOptions& options);
 
   // Takes the planned memory and loads the weights. MemoryPlanError when it does not fit.
   void load();
-  bool loaded() const { return loaded_; }
 
   const MemoryPlan& plan() const { return plan_; }
   const ModelConfig& config() const { return target_.config; }

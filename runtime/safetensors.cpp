@@ -263,15 +263,6 @@ HostTensor SafetensorsFile::tensor(const std::string& name) const {
           .file = this};
 }
 
-void SafetensorsFile::prefetch(const std::string& name) const {
-  const auto found = entries_.find(name);
-  if (found == entries_.end()) return;
-  const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  const uint64_t begin = found->second.begin / page * page;
-  if (begin >= found->second.end) return;
-  madvise(const_cast<unsigned char*>(base_) + begin, found->second.end - begin, MADV_WILLNEED);
-}
-
 void SafetensorsFile::release(const HostTensor& tensor, size_t bytes) const {
   if (tensor.file != this) return;
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

@@ -48,8 +48,6 @@ class SafetensorsFile {
   // practice).
   HostTensor tensor(const std::string& name) const;
 
-  // Starts reading the tensor's pages ahead of their use; a name that is absent is ignored.
-  void prefetch(const std::string& name) const;
   // Drops the pages that lie wholly inside the tensor's first `bytes` from memory; they are read
   // again if touched.
   void release(const HostTensor& tensor, size_t bytes) const;

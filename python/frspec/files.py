@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Paths as users write them, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with ~ as the user's home; as it is where nobody of that name has one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_whole(path: Path, data: bytes) -> None:

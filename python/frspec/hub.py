@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from .errors import HubError, ModelError
+from .errors import HubError, ModelError, first_line
+from .files import user_path
 
 # Seconds to wait for the first answer of the hub: a network that swallows packets must not hang us.
 TIMEOUT_SECONDS = 10.0
@@ -35,7 +36,7 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
     """Returns the folder of `model`.
 
     `model` is an existing folder, or, given as a string, a Hugging Face id "owner/name", which is
-    fetched into the Hugging Face cache; without a network a complete cached copy is used.
+    fetched into the Hugging Face cache; without a network what is cached of it is used.
     `files` says what to fetch: "model" (safetensors, config, tokenizer), "tokenizer" (no weights)
     or "torch" (also PyTorch's .bin/.pt files, for conversion).
 
@@ -43,7 +44,7 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
     """
     if not isinstance(model, (str, os.PathLike)) or not str(model) or "\0" in str(model):
         raise ModelError(f"expected the path of a folder or a hub id, found {model!r:.60}")
-    path = Path(model).expanduser()
+    path = user_path(model)
     try:
         is_folder = path.is_dir()
     except OSError as error:
@@ -64,7 +65,9 @@ def _fetch(hub_id: str, files: Files) -> Path:
     try:
         validate_repo_id(hub_id)
     except HFValidationError as error:
-        raise HubError(f"{hub_id}: not a folder, and not a valid hub id: {cause(error)}") from None
+        raise HubError(
+            f"{hub_id}: not a folder, and not a valid hub id: {first_line(error)}"
+        ) from None
 
     options = {"allow_patterns": _PATTERNS[files], "ignore_patterns": _IGNORED}
     try:
@@ -95,7 +98,7 @@ def _explain(hub_id: str, error: Exception) -> str:
         )
     return (
         f"{hub_id}: no such folder, not in the Hugging Face cache,"
-        f" and cannot be fetched from {endpoint}: {cause(error)}"
+        f" and cannot be fetched from {endpoint}: {first_line(error)}"
     )
 
 
@@ -103,9 +106,3 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return constants.ENDPOINT
-
-
-def cause(error: Exception) -> str:
-    """The first line of an error, with its type when the text alone says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

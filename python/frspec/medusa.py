@@ -37,7 +37,7 @@ def read_medusa_choices(name: str) -> MedusaChoices:
 def drafter_method(folder: Path) -> str:
     """The method that the drafter in `folder` is for, as its config.json tells."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return "eagle2"  # loading it says what is wrong
     return "medusa" if isinstance(config, dict) and "medusa_num_heads" in config else "eagle2"
@@ -58,7 +58,12 @@ def medusa_tree_options(choices: Any) -> dict[str, Any]:
                 f'medusa_choices: expected the key "accuracies", found {short(list(choices))}'
             )
         table = _table(choices["accuracies"], (int, float, np.integer, np.floating), "accuracies")
-        return {"medusa_accuracies": [[float(number) for number in row] for row in table]}
+        try:
+            return {"medusa_accuracies": [[float(number) for number in row] for row in table]}
+        except OverflowError:
+            raise RequestError(
+                "medusa_choices: expected accuracies from 0 to 1, found an integer beyond any float"
+            ) from None
     paths = _table(choices, (int, np.integer), "ranks")
     for path in paths:
         for rank in path:

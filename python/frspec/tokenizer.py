@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from .chat_template import ChatTemplate
-from .errors import ModelError, RequestError
+from .errors import ModelError, RequestError, first_line
 from .streaming import StopMatcher, StreamDecoder
 
 __all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
@@ -57,7 +57,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the library raises a bare Exception
-            raise ModelError(f"{path}: not a tokenizer: {_first_line(error)}") from None
+            raise ModelError(f"{path}: not a tokenizer: {first_line(error)}") from None
         settings = _read_object(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_object(folder / "special_tokens_map.json"))
         special_tokens.update(_special_tokens(settings))
@@ -88,18 +88,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the model: config.json's vocab_size (embeddings are often padded) or `size`."""
-        return max(self.size, self._config_vocab_size)
+        """Ids that the model has rows for: config.json's vocab_size, or `size` if it says none.
+
+        Embeddings are often padded, and a tokenizer may know tokens that the model has no row for.
+        """
+        return self._config_vocab_size or self.size
 
     @cached_property
     def ending_ids(self) -> list[int]:
-        """Ids of the tokens that end a text, ascending: every eos the folder's files name."""
-        outside = sorted(i for i in self._ending_ids if not 0 <= i < self.vocab_size)
-        if outside:
-            raise ModelError(
-                f"eos_token_id: expected ids in [0, {self.vocab_size}), found {outside[0]}"
-            )
-        return sorted(self._ending_ids)
+        """Ids of the tokens that end a text, ascending: every eos the folder's files name.
+
+        Ids that the model does not have (-1 for "none") never occur, and are left out.
+        """
+        return sorted(i for i in self._ending_ids if 0 <= i < self.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,7 +119,7 @@ class Tokenizer:
         try:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
-            raise RequestError(f"prompt: expected a Unicode text: {_first_line(error)}") from None
+            raise RequestError(f"prompt: expected a Unicode text: {first_line(error)}") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids without a token (padding of the embedding) give nothing."""
@@ -140,19 +141,14 @@ class Tokenizer:
         return self._chat_template.render(messages, add_generation_prompt, self.special_tokens)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} when there is no file."""
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
+        raise ModelError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -76,7 +76,6 @@ TEST_CASE("config: every key of a Llama config") {
   CHECK_FALSE(config.mlp_bias);
   CHECK(config.dtype == DType::kBF16);
   CHECK(config.eos_token_ids == std::vector<int32_t>{2});
-  CHECK(config.bos_token_id == 1);
 }
 
 TEST_CASE("config: absent and null keys take Hugging Face's defaults") {
@@ -96,7 +95,6 @@ TEST_CASE("config: absent and null keys take Hugging Face's defaults") {
   CHECK_FALSE(llama.tie_word_embeddings);
   CHECK_FALSE(llama.dtype.has_value());
   CHECK(llama.eos_token_ids.empty());
-  CHECK(llama.bos_token_id == -1);
   config["architectures"] = {"Qwen2ForCausalLM"};
   CHECK(read(config).max_position_embeddings == 32768);
   config.erase("architectures");
@@ -133,7 +131,6 @@ TEST_CASE("config: end tokens") {
   CHECK(read_with({{"eos_token_id", {7, 5, 7}}}).eos_token_ids == std::vector<int32_t>{7, 5});
   // -1 and ids beyond the vocabulary never occur.
   CHECK(read_with({{"eos_token_id", {-1, 5, 49152}}}).eos_token_ids == std::vector<int32_t>{5});
-  CHECK(read_with({{"bos_token_id", -1}}).bos_token_id == -1);
   check_names(error_with({{"eos_token_id", "</s>"}}), {"eos_token_id", "the string \"</s>\""});
   check_names(error_with({{"eos_token_id", {1, true}}}), {"eos_token_id", "found true"});
   check_names(error_with({{"eos_token_id", 1LL << 40}}), {"eos_token_id", "1099511627776"});

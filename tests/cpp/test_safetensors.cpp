@@ -86,8 +86,6 @@ TEST_CASE("safetensors: release drops the pages inside, and the bytes are read a
                    safetensors_bytes({{"big", "F16", {static_cast<int64_t>(big.size() / 2)}, big},
                                       {"next", "F16", {2}, "abcd"}})));
   const HostTensor tensor = file.tensor("big");
-  file.prefetch("big");
-  file.prefetch("absent");
   CHECK(std::memcmp(tensor.data, big.data(), big.size()) == 0);
   const auto resident_kib = [&] {
     // mincore() sees the page cache; what this process holds is in smaps.

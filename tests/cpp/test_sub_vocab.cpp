@@ -34,7 +34,7 @@ struct RankingFile {
 std::vector<int32_t> read(const RankingFile& ranking, int64_t size,
                           const std::vector<int32_t>& eos = {}, int64_t vocab_size = 10) {
   const TempFolder folder;
-  return read_sub_vocab(ranking.write(folder), size, vocab_size, eos, "abc").tokens;
+  return read_sub_vocab(ranking.write(folder), size, vocab_size, eos, "abc");
 }
 
 std::string error(const RankingFile& ranking, int64_t size = 4,
@@ -77,7 +77,7 @@ TEST_CASE("sub_vocab: the fingerprint is checked unless none is expected") {
   check_names(error(ranking, 4, {}, 10, "xyz"), {"\"xyz\"", "found one for \"abc\""});
   const TempFolder folder;
   const std::string path = ranking.write(folder);
-  CHECK(read_sub_vocab(path, 2, 10, {}, "").tokens == Tokens{5, 1});
+  CHECK(read_sub_vocab(path, 2, 10, {}, "") == Tokens{5, 1});
   RankingFile unnamed;
   unnamed.metadata.erase("tokenizer_fingerprint");
   check_names(error(unnamed), {"\"abc\"", "found one for none"});

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from checkpoint_files import (
     HIDDEN,
@@ -29,6 +30,7 @@ from frspec import cli
 from frspec import convert as convert_package
 from frspec.convert import add_arguments, convert
 from frspec.convert import output as output_module
+from frspec.convert.layout import with_classic_rope
 from frspec.convert.tensors import LazyTensor, round_to_bf16, widen_bf16
 from frspec.errors import ConversionError
 
@@ -119,6 +121,41 @@ def test_double_precision_becomes_fp32(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", model_tensors(dtype="float64"))
     written = read_safetensors(convert(model, tmp_path / "out") / "model.safetensors")
     assert {code for code, _ in written.values()} == {"F32"}
+
+
+def test_what_the_runtime_does_not_read_is_converted_though_it_is_safetensors(tmp_path) -> None:
+    for name, dtype in (("double", "float64"), ("single", "float32")):
+        model = write_model(tmp_path / name, {})
+        (model / "pytorch_model.bin").unlink()
+        save_file(model_tensors(dtype=dtype), model / "model.safetensors")
+    assert convert(tmp_path / "single", tmp_path / "as it is") == tmp_path / "single"
+    written = read_safetensors(convert(tmp_path / "double", tmp_path / "out") / "model.safetensors")
+    assert {code for code, _ in written.values()} == {"F32"}
+    # Nor a tokenizer of SentencePiece, of which conversion makes a tokenizer.json.
+    (tmp_path / "single" / "tokenizer.json").rename(tmp_path / "single" / "tokenizer.model")
+    with pytest.raises(ConversionError, match="not a SentencePiece BPE model"):
+        convert(tmp_path / "single", tmp_path / "tokenized")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"rope_theta": 5e4}, {"rope_theta": 5e4, "rope_scaling": None}),
+        ({"type": "default"}, {"rope_scaling": None}),
+        ({"type": "linear", "factor": 8.0}, {"rope_scaling": {"type": "linear", "factor": 8.0}}),
+        (
+            {"rope_type": "default", "partial_rotary_factor": 0.5},
+            {"rope_scaling": None, "partial_rotary_factor": 0.5},  # which the runtime refuses
+        ),
+        ({"full_attention": {"rope_theta": 1e6}}, None),  # which it refuses, too
+    ],
+)
+def test_rope_parameters_keep_their_meaning(parameters, expected) -> None:
+    config = {"hidden_size": 64, "rope_parameters": parameters}
+    if expected is None:
+        assert with_classic_rope(config) == config
+    else:
+        assert with_classic_rope(config) == {"hidden_size": 64, **expected}
 
 
 def test_sharded_source_and_sharded_output(tmp_path: Path, monkeypatch) -> None:

@@ -307,6 +307,7 @@ def test_sentencepiece_needs_scores() -> None:
         (b"", "0 pieces"),
         (b"\xff" * 40, "damaged number"),
         (b"\x08", "index out of range"),
+        (b"\x08\x05", "not iterable|no len|bytes"),  # a piece that is a number
     ],
 )
 def test_other_sentencepiece_files_are_refused(tmp_path: Path, data: bytes, reason: str) -> None:

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import json
 import os
+import weakref
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from command_line import run_frspec
-from frspec import RequestError, Tree, demo
+from frspec import MemoryPlanError, RequestError, Tree, demo
 from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
 from frspec.options import draft_tree
 from frspec.tree import default_tree
@@ -70,6 +71,32 @@ def test_the_package_ships_drafter_and_ranking() -> None:
     assert (DRAFTER / "model.safetensors").stat().st_size > 8_000_000
     assert (DRAFTER / "README.md").is_file()
     assert RANKING.is_file()
+
+
+def test_where_memory_holds_one_generator(monkeypatch) -> None:
+    alive = weakref.WeakSet()
+
+    class Fake:
+        def generate(self, *args, **options):
+            return None
+
+    def load(vocab_size):
+        if len(alive) > 0:
+            raise MemoryPlanError("no room")
+        fake = Fake()
+        alive.add(fake)
+        return fake
+
+    results = demo._measure(demo._Pool(load), demo.PROMPTS[:2], {})
+    assert [len(found) for found in results.values()] == [2] * len(demo.CONFIGURATIONS)
+
+
+def test_a_home_that_is_not_known() -> None:
+    odd = {"FRSPEC_CACHE": "~nobody-of-this-name"}
+    assert run_frspec("info", env=odd).returncode == 0  # the demo's cache is not its business
+    done = run_frspec("info", "--model", "~nobody-of-this-name/x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("frspec: error: ~nobody-of-this-name/x: no such folder")
 
 
 @pytest.fixture

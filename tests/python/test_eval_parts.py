@@ -287,6 +287,25 @@ def test_a_question_that_ends_every_worker_is_left_out(files) -> None:
     assert sorted(map(jobs.index, done)) == [0, 2, 3, 4]
 
 
+def test_a_worker_that_dies_between_two_jobs(files) -> None:
+    from frspec.evaluation.generate import Job
+
+    jobs = [Job(question, METHODS) for question in questions_of(files)][:1]
+
+    class Workers(ScriptedWorkers):
+        def wait(self):
+            replies = super().wait()
+            self.living.remove(1)  # it had nothing to do
+            return [*replies, Reply(1, death="SIGKILL")]
+
+    done: list = []
+    lines: list[str] = []
+    workers = Workers(2, lambda worker, job: Reply(worker, records=[]))
+    assert run_jobs(workers, jobs, lambda job, records: done.append(job), lines.append) == []
+    assert done == jobs
+    assert lines == ["worker 1 died (SIGKILL) between two jobs"]
+
+
 def test_an_error_of_a_job_ends_the_run(files) -> None:
     from frspec.evaluation.generate import Job
 

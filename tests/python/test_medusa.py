@@ -209,6 +209,7 @@ def test_rows_are_bit_identical_in_any_tree(new_tiny_generator, step_rounds, ins
         (7, "expected a name, a list of lists of ranks, or accuracies, found 7"),
         ("nonesuch", "expected one of mc_sim_7b_63, .*found 'nonesuch'"),
         ({"accuracies": [[1.5]]}, "expected numbers from 0 to 1, found 1.5"),
+        ({"accuracies": [[10**400]]}, "accuracies from 0 to 1, found an integer beyond any float"),
         ({"accuracies": []}, "expected at least one list of accuracies"),
         ({"accuracy": [[0.5]]}, 'expected the key "accuracies"'),
         ([[rank] for rank in range(64)] * 4, "at most 255 paths, found 256"),

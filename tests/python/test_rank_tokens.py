@@ -56,6 +56,18 @@ def test_every_kind_of_record_gives_its_texts(folder, tmp_path, kind, suffix):
     assert ranking.tokenizer_fingerprint == Tokenizer.load(folder).fingerprint
 
 
+def test_tokens_that_the_model_has_no_row_for_are_left_out(tmp_path):
+    folder = write_word_model(tmp_path / "model")
+    rows = WORDS.index("mat")
+    config = {"vocab_size": rows, "eos_token_id": [0, -1, rows + 1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "c.txt").write_text("the cat sat on a mat and the cat slept")
+    ranking = rank(folder, "--input", tmp_path / "c.txt")
+    assert sorted(ranking.token_ids) == list(range(rows)) and ranking.vocab_size == rows
+    assert ranking.special_ids == [0]
+    assert ranking.tokens_counted == len("the cat sat on a the cat".split())
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 40, 1 << 20])
 def test_plain_text_is_cut_between_words(folder, tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", 8)

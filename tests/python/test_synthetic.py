@@ -66,6 +66,15 @@ def test_known_shapes(name, tmp_path) -> None:
     assert step_bytes == pytest.approx(2 * parameters[name], rel=0.002)
 
 
+def test_a_plan_beyond_all_memory(tmp_path) -> None:
+    sizes = {"num_hidden_layers": 4096, "num_attention_heads": 4096, "num_key_value_heads": 4096}
+    sizes |= {"head_dim": 256, "max_position_embeddings": 2**30}
+    model = write_synthetic_model(tmp_path, **sizes)
+    done = run_frspec("info", "--model", model, "--max-context", 2**30 - 1)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "memory plan: 'target KV cache' brings it beyond the" in done.stderr
+
+
 def test_refusals(tmp_path, synthetic) -> None:
     (tmp_path / "list.json").write_text("[1]")
     for config, out, message in [

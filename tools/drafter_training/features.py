@@ -127,6 +127,8 @@ def write_cache(
 
     def flush() -> None:
         """Writes both kinds of part, then the state that counts them."""
+        if not any(pool.values()):
+            return
         number = f"{state['parts']:05}"
         write_whole(folder / f"held-out-{number}.jsonl", "".join(held).encode())
         held.clear()

@@ -108,15 +108,16 @@ def train(
                 f" loss {loss:.3f}, held-out agreement {_percent(shares)}"
             )
     progress.update(bar, completed=total)
-    task.save(out)
-    (out / _CHECKPOINT).unlink(missing_ok=True)
+    run.checkpoint()  # what comes now takes a while, and may be ended, too
     report = recipe | {
         "settings": dataclasses.asdict(settings),
         "tokens_seen": run.tokens,
         "training_s": run.seconds,
         "held_out_agreement": agreement(task, held_out, settings),
     }
+    task.save(out)
     write_whole(out / "training.json", (json.dumps(report, indent=1) + "\n").encode())
+    (out / _CHECKPOINT).unlink(missing_ok=True)  # last: until here the same command goes on
     progress.console.print(f"held-out agreement {_percent(report['held_out_agreement'])}")
     return report
 

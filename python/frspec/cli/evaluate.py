@@ -216,7 +216,7 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
 def _default_sizes(args: argparse.Namespace) -> list[int | str]:
     if args.ranking is None:
         return ["full"]
-    engine, _ = plan_engine(args.model, device=args.device)
+    engine, _ = plan_engine(args.model, device=args.device, dtype=args.dtype)
     return [size for size in SIZES if size == "full" or size < engine.vocab_size]
 
 

@@ -110,7 +110,7 @@ def _describe_model(args: argparse.Namespace, devices: list[dict[str, Any]]) -> 
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
 
 
 def _print_build(build: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from ..convert.layout import config_count, read_config
 from ..convert.output import check_destination, staged_folder, write_json
 from ..errors import ModelError
+from ..files import user_path
 from ..ranking import Ranking
 
 # The sizes of the published config.json files.
@@ -113,8 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
     config = _read_config(args.config) | {"frspec_synthetic_seed": args.seed}
-    out = Path(args.out).expanduser()
-    sources = [] if args.config in SHAPES else [Path(args.config).expanduser()]
+    out = user_path(args.out)
+    sources = [] if args.config in SHAPES else [user_path(args.config)]
     check_destination(out, sources, force=args.force)
     with staged_folder(out, 1 << 20) as stage:
         write_json(stage / "config.json", config)
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 def _read_config(name: str) -> dict[str, Any]:
     if name in SHAPES:
         return SHAPES[name]
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_file():
         raise ModelError(
             f"--config: expected {', '.join(SHAPES)} or a config.json, found {name!r}, no such file"

@@ -10,6 +10,7 @@ from frspec.convert.command import add_arguments, run
 from frspec.convert.output import Progress, check_destination
 from frspec.convert.tensors import weight_dtype_word
 from frspec.errors import ConversionError
+from frspec.files import user_path
 
 __all__ = ["add_arguments", "convert", "run"]
 
@@ -29,8 +30,9 @@ def convert(
     """Writes the checkpoint `source` as the folder `out` and returns the folder to load.
 
     `source` is a GGUF file, a folder or file of PyTorch weights, an EAGLE or Medusa checkpoint, a
-    Hugging Face folder, or a hub id of one of these. A folder that loads as it is is not copied: it
-    is returned itself, and `note` says so (unless `dtype` asks for other weights).
+    Hugging Face folder, or the hub id of safetensors or PyTorch weights. A folder that loads as it
+    is is not copied: it is returned itself, and `note` says so (unless `dtype` asks for other
+    weights).
 
     target:   the model an EAGLE or Medusa checkpoint drafts for, a folder or hub id. Of a whole
               model with Medusa heads the heads are written if it is given, else the model.
@@ -50,7 +52,7 @@ def convert(
 
     if note is None:
         note = _logger.warning
-    out = Path(out).expanduser()
+    out = user_path(out)
     word = None if dtype is None else weight_dtype_word(dtype)
     folder_or_file = _local(source)
     target_folder = None if target is None else _local(target)
@@ -89,7 +91,7 @@ def _local(source: str | Path) -> Path:
     """`source` on this machine: a file or folder, or what the hub has under the id."""
     from frspec.hub import looks_like_hub_id, resolve
 
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists():
         return path
     if isinstance(source, Path) or not looks_like_hub_id(source):

@@ -7,7 +7,6 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +19,7 @@ from rich.progress import (
 )
 
 from frspec.convert.tensors import WEIGHT_DTYPES
+from frspec.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " Hugging Face folders with safetensors load as they are."
     )
     parser.add_argument(
-        "source", metavar="SRC", help="file, folder or hub id (owner/name) to convert"
+        "source",
+        metavar="SRC",
+        help="file, folder or hub id (owner/name; not of GGUF files) to convert",
     )
-    parser.add_argument("out", metavar="OUT", help="folder to write; it must be new or empty")
+    parser.add_argument("out", metavar="OUT", help="folder to write; new or empty but with --force")
     parser.add_argument(
         "--target",
         metavar="DIR|HUB",
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             note=say,
             force=args.force,
         )
-    if str(folder) == str(Path(args.out).expanduser()):
+    if str(folder) == str(user_path(args.out)):
         say(f"{args.source} converted: load it from {folder}")
     return 0
 

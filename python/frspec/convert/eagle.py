@@ -25,7 +25,7 @@ from frspec.convert.layout import (
     with_torch_dtype,
 )
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
-from frspec.convert.tensors import BLOCK_ELEMENTS, WEIGHT_DTYPES, LazyTensor
+from frspec.convert.tensors import BLOCK_ELEMENTS, FLOAT_DTYPES, WEIGHT_DTYPES, LazyTensor
 from frspec.convert.weights import Checkpoint, open_checkpoint
 from frspec.errors import ConversionError
 
@@ -41,8 +41,14 @@ def is_eagle(tensors: dict[str, LazyTensor]) -> bool:
 
 def loads_as_it_is(checkpoint: Checkpoint) -> bool:
     """Whether the runtime reads this checkpoint, a model or a drafter, without conversion."""
-    if checkpoint.kind != "safetensors" or not (checkpoint.folder / "config.json").is_file():
+    folder = checkpoint.folder
+    if checkpoint.kind != "safetensors" or not (folder / "config.json").is_file():
         return False
+    unreadable = set(FLOAT_DTYPES) - {code for code, _ in WEIGHT_DTYPES.values()}
+    if any(tensor.dtype in unreadable for tensor in checkpoint.tensors.values()):
+        return False
+    if not is_eagle(checkpoint.tensors) and not (folder / "tokenizer.json").is_file():
+        return not (folder / "tokenizer.model").is_file()
     return not is_eagle(checkpoint.tensors) or all(
         re.fullmatch(r"fc\.(weight|bias)|layers\.\d+\..*", name)
         and not ROTARY_BUFFER.fullmatch(name)

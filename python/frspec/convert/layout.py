@@ -32,8 +32,8 @@ _COMPANIONS = (
 def read_config(path: Path) -> dict[str, Any]:
     """The object in the config.json at `path`."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: cannot read: {error}") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{path}: expected an object, found {type(config).__name__}")
@@ -53,16 +53,23 @@ def config_count(config: dict[str, Any], key: str, where: Path, default: int | N
 
 
 def with_classic_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy with rope_theta and rope_scaling in place of the newer rope_parameters."""
-    config = dict(config)
-    parameters = config.pop("rope_parameters", None)
-    if isinstance(parameters, dict):
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        if "rope_theta" in parameters:
-            config["rope_theta"] = parameters["rope_theta"]
-        plain = scaling.get("rope_type", "default") == "default"
-        config["rope_scaling"] = None if plain else scaling
-    return config
+    """A copy with rope_theta and rope_scaling in place of the newer rope_parameters.
+
+    RoPE that differs between layers cannot be said so, and stays as it is.
+    """
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        return {key: value for key, value in config.items() if key != "rope_parameters"}
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        return dict(config)
+    classic = {key: value for key, value in config.items() if key != "rope_parameters"}
+    scaling = dict(parameters)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in scaling:
+            classic[key] = scaling.pop(key)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    classic["rope_scaling"] = None if kind == "default" else scaling
+    return classic
 
 
 def with_torch_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def tokenizer_from_sentencepiece(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in the file `path`, with the added_tokens.json beside it."""
     try:
         metadata = _metadata(path.read_bytes())
-    except (OSError, ValueError, IndexError, struct.error) as error:
+    except (OSError, ValueError, TypeError, IndexError, OverflowError, struct.error) as error:
         raise ConversionError(f"{path}: not a SentencePiece BPE model: {error}") from error
     _add_tokens(metadata, path.parent / "added_tokens.json")
     tokenizer, _ = build_tokenizer(TokenizerMetadata(path, metadata), vocab_size, [])

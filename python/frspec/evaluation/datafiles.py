@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError, HubError
-from ..hub import cause
+from ..errors import EvaluationError, HubError, first_line
+from ..files import user_path
 
 _HUB_FILE = re.compile(r"([^/\\~.\s:][^/\\\s:]*/[^/\\\s:]+):(\S+)")
 
 
 def data_file(source: str) -> Path:
     """The file of `source`: a path, or "owner/name:path" for a file of a dataset on the hub."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         return path
     match = _HUB_FILE.fullmatch(source)
@@ -33,7 +33,7 @@ def data_file(source: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(hub_id, name, repo_type="dataset"))
     # huggingface_hub raises its own types, those of its HTTP library and plain OSError.
     except Exception as error:
-        raise HubError(f"{source}: cannot be fetched from the hub: {cause(error)}") from None
+        raise HubError(f"{source}: cannot be fetched from the hub: {first_line(error)}") from None
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

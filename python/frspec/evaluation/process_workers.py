@@ -91,7 +91,7 @@ def _gpu_count(setup: Setup, most: int) -> int:
     """GPUs that this build can use, up to `most`."""
     for number in range(most):
         try:
-            plan_engine(setup.model, device=f"cuda:{number}")
+            plan_engine(setup.model, device=f"cuda:{number}", dtype=setup.machine["dtype"])
         except DeviceError:
             return number
     return most

@@ -1,6 +1,6 @@
 """The results file: JSON Lines, a header and then one record per question, method and turn.
 
-    header   kind "header", version, and what the results depend on (`Header`)
+    header   kind "header", version, and what the results depend on (`run.make_header`)
     record   task, question_id, question (its fingerprint), category, turn, method, then what was
              measured (`generate.measure`); part and parts: its place among the records that were
              written together

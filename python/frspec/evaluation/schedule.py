@@ -33,7 +33,7 @@ class Workers(Protocol):
     def send(self, worker: Hashable, job: Job) -> None: ...
 
     def wait(self) -> Iterable[Reply]:
-        """Replies of workers that were sent a job; waits for at least one."""
+        """Replies of workers that were sent a job, and of any that died; waits for one at least."""
         ...
 
     def close(self) -> None: ...
@@ -90,7 +90,11 @@ def run_jobs(
                 " left, and the same command goes on with them"
             )
         for reply in workers.wait():
-            job = running.pop(reply.worker)
+            job = running.pop(reply.worker, None)
+            if job is None:
+                reasons = reply.death or "no reason known"
+                report(f"worker {reply.worker} died ({reasons}) between two jobs")
+                continue
             if reply.error is not None:
                 raise reply.error
             if reply.records is not None:

@@ -77,6 +77,8 @@ def count_chunk(
         counts = add_counts(counts, np.bincount(token_ids))
         if tokens == limit:
             break
+    # A tokenizer may know tokens that the model has no row for: nothing can draft them.
+    counts = counts[: tokenizer.vocab_size]
     token_ids = np.flatnonzero(counts)
     return ChunkCount(token_ids, counts[token_ids], tokens, broken, tokenizer_s)
 
@@ -87,7 +89,7 @@ def count_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     counts = np.zeros(0, np.int64)
     for batch in _batches(texts):
         counts = add_counts(counts, np.bincount(_encode(tokenizer, batch)))
-    return counts
+    return counts[: tokenizer.vocab_size]
 
 
 def add_counts(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import HubError, RankingError
-from ..hub import TIMEOUT_SECONDS, cause
+from ..errors import HubError, RankingError, first_line
+from ..hub import TIMEOUT_SECONDS
 from . import chunk
 from .chunk import Chunk, TableChunk
 from .records import KNOWN_FIELDS, reason
@@ -98,7 +98,9 @@ def dataset_chunks(
         raise
     # The hub's client, its HTTP library and the formats' readers each raise types of their own.
     except Exception as error:
-        raise HubError(f"{source}: cannot be read behind record {row}: {cause(error)}") from None
+        raise HubError(
+            f"{source}: cannot be read behind record {row}: {first_line(error)}"
+        ) from None
 
 
 def open_stream(source: HubDataset):
@@ -119,7 +121,7 @@ def open_stream(source: HubDataset):
             streaming=True,
         )
     except Exception as error:
-        raise HubError(f"{source}: cannot be opened on the hub: {cause(error)}") from None
+        raise HubError(f"{source}: cannot be opened on the hub: {first_line(error)}") from None
 
 
 def import_datasets(source: HubDataset):
