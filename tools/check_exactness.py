@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 import frspec
+from frspec.evaluation.tasks import spread
 from frspec.options import tree
 
 _TREES = ("2x3x4", "4x4x16", "6x10x60")
@@ -42,9 +43,7 @@ def main() -> int:
     args = parser.parse_args()
 
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["turns"][0] for line in lines]
-    if args.limit and args.limit < len(questions):
-        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    questions = spread([json.loads(line)["turns"][0] for line in lines], args.limit or None)
     console = Console(stderr=True)
 
     def write(

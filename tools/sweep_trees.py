@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 import frspec
+from frspec.evaluation.tasks import spread
 from frspec.options import tree, vocab_size
 from measure_cpu import cores
 
@@ -56,9 +57,7 @@ def main() -> None:
     args = parser.parse_args()
 
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line)["turns"][0] for line in lines]
-    if args.limit < len(questions):
-        questions = [questions[i * len(questions) // args.limit] for i in range(args.limit)]
+    questions = spread([json.loads(line)["turns"][0] for line in lines], args.limit)
     generators = [
         frspec.Generator(
             args.model,

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import frspec
+from frspec.console import write_line
 from frspec.files import write_whole
 from frspec.options import tree
 from frspec.tree import default_tree
@@ -137,7 +138,7 @@ def _add_strict(parser: argparse.ArgumentParser) -> None:
 
 def _tell(skipped: Skipped | None, progress: Progress) -> None:
     if skipped is not None and skipped.count:
-        progress.console.print(str(skipped), markup=False, highlight=False, soft_wrap=True)
+        write_line(progress.console, str(skipped))
 
 
 def _add_eagle(commands) -> argparse.ArgumentParser:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .generator import Result, TextStream
+if TYPE_CHECKING:  # the generator imports modules whose commands write with these functions
+    from .generator import Result, TextStream
 
 # A terminal obeys control characters, and a model may write any: all but tab and newline.
 _CONTROLS = {
@@ -51,6 +52,11 @@ def write_json(value: Any) -> None:
     print(json.dumps(value))
 
 
+def write_line(console: Console, text: str) -> None:
+    """One line as it is, however long, without markup or colours."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def write_summary(result: Result) -> None:
     """One line about a finished text on stderr."""
     count = len(result.token_ids)
@@ -87,7 +93,7 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_row(*(Text(cell) for cell in row))
     with console.capture() as capture:
         if title:
-            console.print(title, markup=False, highlight=False, soft_wrap=True)
+            write_line(console, title)
         console.print(table)
     for line in capture.get().splitlines():
         print(line.rstrip())

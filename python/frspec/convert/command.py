@@ -18,6 +18,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from frspec.console import write_line
 from frspec.convert.tensors import WEIGHT_DTYPES
 from frspec.files import user_path
 
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         progress.update(task, completed=done, total=total)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        write_line(console, text)
 
     with progress, _ended_by_sigterm():
         folder = convert(

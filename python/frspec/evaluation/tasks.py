@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..errors import EvaluationError
 from .datafiles import data_file, read_records
@@ -20,6 +20,7 @@ from .prompts import HUMAN_EVAL_SYSTEM, SPEC_BENCH_SYSTEM, gsm8k_prompt
 from .scoring import gsm8k_reference
 
 Source = Literal["spec_bench", "human_eval", "gsm8k"]
+T = TypeVar("T")
 
 MT_BENCH = (
     "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
@@ -102,7 +103,7 @@ def load_questions(
                 by_task[question.task].append(question)
         for task in of_source:
             _check(by_task[task.name], task, path)
-    return [question for questions in by_task.values() for question in _spread(questions, limit)]
+    return [question for questions in by_task.values() for question in spread(questions, limit)]
 
 
 def human_eval_file() -> Path:
@@ -126,7 +127,8 @@ def _path(source: Source, files: dict[Source, str]) -> Path:
     raise EvaluationError(f"{option} FILE is needed for the tasks asked for")
 
 
-def _spread(questions: list[Question], limit: int | None) -> list[Question]:
+def spread(questions: list[T], limit: int | None) -> list[T]:
+    """`limit` of the questions, evenly over all of them; all where there are no more, or None."""
     if limit is None or limit >= len(questions):
         return questions
     return [questions[i * len(questions) // limit] for i in range(limit)]

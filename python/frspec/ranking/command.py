@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..console import write_line
 from ..errors import RankingError
 from ..hub import resolve
 from ..tokenizer import Tokenizer
@@ -177,7 +178,7 @@ def _count(
         checkpoint = Checkpoint(args.checkpoint, configuration)
         start = checkpoint.load(tokenizer.vocab_size)
     if start.tokens:
-        _say(console, f"{args.checkpoint}: going on behind {start.tokens:,} tokens")
+        write_line(console, f"{args.checkpoint}: going on behind {start.tokens:,} tokens")
 
     begin = time.perf_counter()
     tally = start
@@ -203,7 +204,7 @@ def _count(
     except BaseException:
         if checkpoint is not None and tally.tokens:
             checkpoint.save(tally)
-            _say(
+            write_line(
                 console,
                 f"{args.checkpoint}: keeps {tally.tokens:,} tokens; the same command goes on"
                 " behind them",
@@ -211,13 +212,13 @@ def _count(
         raise
     seconds = time.perf_counter() - begin
     if tally.broken:
-        _say(console, str(tally.broken))
+        write_line(console, str(tally.broken))
     if tally.tokens == 0:
         raise RankingError(f"{sources[0]}: no text to count in the input")
     counted_now = tally.tokens - start.tokens
     share = tally.tokenizer_s / (seconds * (args.processes or 1))
     reached = tally.tokens == args.max_tokens
-    _say(
+    write_line(
         console,
         f"{counted_now:,} tokens in {seconds:.1f} s: {_short(counted_now / seconds)} tokens/s,"
         f" {share:.0%} of the time in the tokenizer"
@@ -241,7 +242,7 @@ def _counted(
 ) -> Iterator[tuple[Chunk, ChunkCount]]:
     if (args.processes or 1) > 1:
         yield from count_in_processes(
-            chunks, folder, args.field, args.processes, lambda line: _say(console, line)
+            chunks, folder, args.field, args.processes, lambda line: write_line(console, line)
         )
     else:
         for chunk in chunks:
@@ -264,7 +265,7 @@ def _configuration(args: argparse.Namespace, tokenizer: Tokenizer, sources) -> d
 
 def _print_summary(console: Console, ranking: Ranking, path: Path) -> None:
     title = f"{path}: {len(ranking):,} of {ranking.vocab_size:,} tokens, {ranking.corpus}"
-    _say(console, title)
+    write_line(console, title)
     if ranking.tokens_counted == 0:
         console.print("imported: the order is kept, there are no counts to compute coverage from")
         return
@@ -291,10 +292,6 @@ def _progress(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,  # an unfinished bar would stand before an error's line
     )
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _short(value: float) -> str:
