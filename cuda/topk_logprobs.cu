@@ -4,7 +4,7 @@
 //
 // logits: [n, S] fp32. In two steps: a block for each chunk of kChunk columns finds the chunk's
 // part of the sum and its k best; a block for each row merges the chunks, first to last. NaN counts
-// as the lowest logit.
+// as -inf, and beside a logit of inf (logprob 0) all others have -inf.
 #include "block_select.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     total = warp_merge_sums(total);
     if (threadIdx.x == 0) {
       row_max = total.x;
-      log_sum = logf(total.y);
+      log_sum = total.x < INFINITY ? logf(total.y) : 0.0f;  // that one has all the probability
     }
   }
   __syncthreads();
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kThreads)
   place_largest<kThreads>(entries, count, k, [&](int place, uint64_t entry) {
     const int column = entry_index(entry);
     const float logit = row[column];
-    logprobs[blockIdx.x * k + place] = logit == logit ? (logit - row_max) - log_sum : -INFINITY;
+    const float below_max = logit == row_max ? 0.0f : logit - row_max;
+    logprobs[blockIdx.x * k + place] = logit > -INFINITY ? below_max - log_sum : -INFINITY;
     tokens[blockIdx.x * k + place] = column_tokens == nullptr ? column : column_tokens[column];
   });
 }

@@ -20,12 +20,22 @@ void insert(TokenLogit* best, int32_t& count, int64_t k, TokenLogit entry) {
   best[at] = entry;
 }
 
+// The sum of exp(x - max) without what is NaN.
+float exp_sum_of_numbers(const float* x, int64_t count, float max) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (x[i] == x[i]) sum += std::exp(double{x[i]} - max);
+  }
+  return static_cast<float>(sum);
+}
+
 void scan_chunk(const Kernels& kernels, TopkChunk& chunk, const float* logits, int64_t first,
                 int64_t count, int64_t k) {
   chunk.max = kernels.maximum(logits + first, count);
   // Of an infinite maximum exp(inf - inf) would be NaN; the sum is then of no interest.
   chunk.sum = std::isinf(chunk.max) ? (chunk.max > 0 ? 1.0f : 0.0f)
                                     : kernels.exp_sum(logits + first, count, chunk.max, 1.0f);
+  if (std::isnan(chunk.sum)) chunk.sum = exp_sum_of_numbers(logits + first, count, chunk.max);
   chunk.count = 0;
   int64_t i = 0;
   for (; i < count && chunk.count < k; ++i) {
@@ -59,9 +69,11 @@ void merge_chunks(const TopkChunk* chunks, int64_t count, float* logprobs, int32
     if (chunks[c].sum == 0.0f) continue;
     sum += chunks[c].sum * (chunks[c].max == max ? 1.0 : std::exp(double{chunks[c].max} - max));
   }
-  const double log_sum = std::log(sum);
+  const double log_sum = std::isinf(max) ? 0.0 : std::log(sum);
   for (int64_t i = 0; i < k; ++i) {
-    logprobs[i] = static_cast<float>((double{best[i].logit} - max) - log_sum);
+    const float logit = best[i].logit;
+    const double below_max = logit == max ? 0.0 : double{logit} - max;
+    logprobs[i] = logit == kLowest ? kLowest : static_cast<float>(below_max - log_sum);
     tokens[i] = column_tokens == nullptr ? best[i].token : column_tokens[best[i].token];
   }
 }

@@ -76,6 +76,14 @@ TEST_CASE("topk_logprobs gives valid columns for NaN and infinite logits") {
         for (int j = 0; j < i; ++j) CHECK(tokens[r * 5 + i] != tokens[r * 5 + j]);
       }
     }
+    for (int i = 0; i < 5; ++i) {
+      CHECK(logprobs[i] == -inf);
+      CHECK(logprobs[5 + i] == -inf);
+      CHECK(logprobs[10 + i] == (i == 0 ? 0.0f : -inf));
+      // 39,998 logits of 0 beside the one of 5.
+      const double want = (i == 0 ? 5.0 : 0.0) - std::log(39998 + std::exp(5.0));
+      CHECK(std::fabs(logprobs[15 + i] - want) < 1e-5 * -want);
+    }
     CHECK(tokens[10] == 30000);
     CHECK(tokens[15] == 20000);
     CHECK(tokens[16] == 1);

@@ -155,6 +155,27 @@ TEST_CASE("attention over trees of any size equals the double-precision formula"
   }
 }
 
+TEST_CASE("more query heads than a tile has, and more ranges than a warp has lanes") {
+  for (const auto& [shape, before] : {std::pair{Shape{20, 1, 64}, 300}, {Shape{2, 1, 64}, 8300}}) {
+    constexpr int64_t kNodes = 3;
+    const DType dtype = DType::kBF16;
+    CAPTURE(before);
+    Stream stream;
+    Random random(5);
+    Cache cache(dtype, shape, before + kNodes, before + kNodes, random);
+    const DeviceMatrix q(dtype, kNodes, shape.query_heads * shape.head_dim, random, 1.5f);
+    View view;
+    view.words = 1;
+    view.tree_base = before;
+    for (const auto& path : {std::vector{0}, {0, 1}, {0, 2}}) view.add(before, path);
+    for (const AttentionDevice& device : {dividing_keys(), dividing_queries()}) {
+      DeviceMatrix out(dtype, kNodes, q.cols());
+      run_attention(out, q.tensor(), cache, view, shape, stream, device);
+      CHECK(worst_error(out, q, cache, view, shape) <= 1.0);
+    }
+  }
+}
+
 TEST_CASE("a row of attention has the same bits alone and among others") {
   for (const auto& [shape, dtype] : {std::pair{kShapes[0], DType::kBF16},
                                      {kShapes[0], DType::kF16},
