@@ -15,6 +15,7 @@
 #include "cpu/cpu_backend.h"
 #include "cpu/kv_layout.h"
 #include "random.h"
+#include "worst_error.h"
 
 namespace frspec::cpu {
 

@@ -27,7 +27,7 @@ TEST_CASE(
         const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-5);
         for (int64_t i = 0; i < cols; ++i) {
           const double want = x.row(r)[i] * scale * weight.row(0)[i];
-          worst = std::max(worst, std::fabs(want - out.row(r)[i]) / (1 + std::fabs(want)));
+          test::keep_worst(worst, std::fabs(want - out.row(r)[i]) / (1 + std::fabs(want)));
         }
       }
       CHECK(worst < 1e-6);
@@ -60,7 +60,7 @@ TEST_CASE("add_silu adds y / (1 + exp(-y))") {
         for (int64_t i = 0; i < cols; ++i) {
           const double v = y.row(r)[i];
           const double want = before.row(r)[i] + v / (1 + std::exp(-v));
-          worst = std::max(worst, std::fabs(want - x.row(r)[i]) / (1 + std::fabs(want)));
+          test::keep_worst(worst, std::fabs(want - x.row(r)[i]) / (1 + std::fabs(want)));
         }
         for (int64_t i = cols; i < cols + 2 && r < 19; ++i) {
           CHECK(x.row(r)[i] == before.row(r)[i]);  // nothing behind the row
@@ -118,9 +118,9 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
             const double want = from[i] * c + from[(i + half) % head_dim] * s;
             const double error = std::fabs(want - got[i]);
             if (h < kQueryHeads) {
-              worst = std::max(worst, error);
+              test::keep_worst(worst, error);
             } else {
-              worst_key = std::max(worst_key, error / (std::fabs(want) + 1e-3));
+              test::keep_worst(worst_key, error / (std::fabs(want) + 1e-3));
             }
           }
         }

@@ -21,6 +21,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "random.h"
+#include "worst_error.h"
 
 namespace frspec::cuda {
 

@@ -30,7 +30,7 @@ TEST_CASE("rms_norm equals the formula, and a row's bits depend on that row alon
         for (int64_t i = 0; i < d; ++i) {
           const double want = x.row(r)[i] * scale * weight[static_cast<size_t>(i)];
           const double allowed = std::fabs(want) * (epsilon(dtype) + 1e-6) + 1e-7;
-          worst = std::max(worst, std::fabs(want - y.row(r)[i]) / allowed);
+          test::keep_worst(worst, std::fabs(want - y.row(r)[i]) / allowed);
         }
         CHECK(worst <= 1.0);
       }
@@ -88,9 +88,9 @@ TEST_CASE("rope_and_append rotates by halves and places keys and values") {
                 double{from[i]} * turn[i] - double{from[half + i]} * turn[half + i];
             const double second =
                 double{from[half + i]} * turn[i] + double{from[i]} * turn[half + i];
-            worst = std::max(
+            test::keep_worst(
                 worst, std::fabs(first - got[i]) / (std::fabs(first) * epsilon(dtype) + 1e-6));
-            worst = std::max(worst, std::fabs(second - got[half + i]) /
+            test::keep_worst(worst, std::fabs(second - got[half + i]) /
                                         (std::fabs(second) * epsilon(dtype) + 1e-6));
           }
         }
@@ -151,7 +151,7 @@ TEST_CASE("fill_rows, multiply_silu and add_silu are elementwise") {
     for (int64_t r = 0; r < 3; ++r) {
       for (int64_t i = 0; i < 40; ++i) {
         const double want = double{bias[static_cast<size_t>(i)]} + residual.row(r)[i];
-        worst = std::max(
+        test::keep_worst(
             worst, std::fabs(want - out.row(r)[i]) / (std::fabs(want) * epsilon(dtype) + 1e-7));
       }
     }
@@ -167,7 +167,7 @@ TEST_CASE("fill_rows, multiply_silu and add_silu are elementwise") {
         const double g = gate.row(r)[i];
         const double want =
             g / (1 + std::exp(-g)) * before[static_cast<size_t>(r)][static_cast<size_t>(i)];
-        worst = std::max(worst, std::fabs(want - up.row(r)[i]) /
+        test::keep_worst(worst, std::fabs(want - up.row(r)[i]) /
                                     (std::fabs(want) * (epsilon(dtype) + 1e-5) + 1e-7));
       }
     }
@@ -187,7 +187,7 @@ TEST_CASE("fill_rows, multiply_silu and add_silu are elementwise") {
         }
         const double g = gate.row(r)[i];
         const double want = old + g / (1 + std::exp(-g));
-        worst = std::max(
+        test::keep_worst(
             worst, std::fabs(want - sum.row(r)[i]) / (std::fabs(want) * epsilon(dtype) + 1e-5));
       }
     }
