@@ -129,7 +129,9 @@ const Architecture& read_architecture(const Keys& keys, bool drafter) {
   if (names != nullptr) {
     FRSPEC_CHECK(names->is_array() && !names->empty() && names->front().is_string(), ModelError,
                  keys.where(), ": architectures: expected a list of names, found ",
-                 names->is_array() ? "another list" : describe(*names));
+                 !names->is_array() ? describe(*names)
+                 : names->empty()   ? "an empty one"
+                                    : concat("one of ", describe(names->front())));
     const auto& name = names->front().get_ref<const std::string&>();
     for (const Architecture& known : kArchitectures) {
       if (known.name == name) return known;
@@ -182,13 +184,18 @@ void read_rope(const Keys& keys, ModelConfig& config) {
   constexpr double kMaxTheta = 1e15;
   constexpr double kMaxFactor = 1e6;
   config.rope_theta = keys.number("rope_theta", 0.0, kMaxTheta, 10000.0);
-  keys.number("partial_rotary_factor", 1.0 - 1e-9, 1.0, 1.0);  // other values are refused
+  const auto refuse_partial_rotation = [](const Keys& of) {
+    const double share = of.number("partial_rotary_factor", 0.0, kMaxFactor, 1.0);
+    FRSPEC_CHECK(share == 1.0, ModelError, of.where(),
+                 ": partial_rotary_factor: expected 1, found ", share);
+  };
+  refuse_partial_rotation(keys);
   const json* source = newer ? parameters : classic;
   if (source == nullptr || source->empty()) return;
 
   const Keys rope(*source, keys.where() + (newer ? ": rope_parameters" : ": rope_scaling"));
   config.rope_theta = rope.number("rope_theta", 0.0, kMaxTheta, config.rope_theta);
-  rope.number("partial_rotary_factor", 1.0 - 1e-9, 1.0, 1.0);
+  refuse_partial_rotation(rope);
   for (const auto& [key, value] : source->items()) {
     FRSPEC_CHECK(!value.is_object(), ModelError, rope.where(), ": ", quote(key),
                  ": expected one RoPE for all layers, found an object (a RoPE per layer type?)");

@@ -75,7 +75,8 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   if (options.plant) tree_shape_.min_probability = 0.0;  // what is planted needs whole trees
   if (options.drafter) {
     std::vector<int32_t> sub_vocab;
-    if (options.vocab_size > 0) {
+    // All tokens need no copy of the head.
+    if (options.vocab_size > 0 && options.vocab_size != target_.config.vocab_size) {
       sub_vocab = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
                                  target_.config.eos_token_ids, options.tokenizer_fingerprint);
     }

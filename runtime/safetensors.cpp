@@ -265,12 +265,13 @@ HostTensor SafetensorsFile::tensor(const std::string& name) const {
 
 void SafetensorsFile::release(const HostTensor& tensor, size_t bytes) const {
   if (tensor.file != this) return;
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  // A page that is touched brings what lies around it into memory, up to a huge page: beyond the
+  // tensor that would stay.
+  constexpr size_t kAround = size_t{2} << 20;
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(tensor.data) - base_);
-  const size_t begin = (offset + page - 1) / page * page;
-  // The file's last page holds nothing behind the last tensor.
+  const size_t begin = offset / kAround * kAround;
   const size_t tensor_end = offset + std::min(bytes, tensor.bytes);
-  const size_t end = tensor_end == size_ ? tensor_end : tensor_end / page * page;
+  const size_t end = std::min((tensor_end + kAround - 1) / kAround * kAround, size_);
   if (begin >= end) return;
   madvise(const_cast<unsigned char*>(base_) + begin, end - begin, MADV_DONTNEED);
 }

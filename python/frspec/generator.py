@@ -218,6 +218,8 @@ class Generator:
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids (int32) of a prompt as `generate` takes it."""
         if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty: expected a text")
             return np.array(self.tokenizer.encode(prompt), np.int32)
         if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             text = self.tokenizer.chat(prompt)
@@ -457,5 +459,6 @@ def _option(name: str, value: int | None) -> int:
         return 0
     number = _number(name, value, int)
     if not 1 <= number < 2**31 and not (name == "memory_limit" and 1 <= number < 2**63):
-        raise RequestError(f"{name} must be a positive number, found {value}")
+        expected = "a positive number" if number < 1 else "below 2^31"
+        raise RequestError(f"{name} must be {expected}, found {value}")
     return number

@@ -46,6 +46,10 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
         raise ModelError(f"expected the path of a folder or a hub id, found {model!r:.60}")
     path = user_path(model)
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelError(f"expected a path in UTF-8, found {os.fsencode(path)!r:.80}") from None
+    try:
         is_folder = path.is_dir()
     except OSError as error:
         raise ModelError(f"{str(model)[:60]}: {error.strerror}") from None

@@ -187,7 +187,7 @@ def test_chat_remembers_resets_and_ends(files) -> None:
 def test_chat_survives_a_full_context(files) -> None:
     args = ["chat", "--model", files.model, "--max-context", 16, "--max-new-tokens", 4, "--quiet"]
     done = run_frspec(*args, stdin="w1 w2\n" + "w3 " * 40 + "\n/reset\nw1 w2\n")
-    assert done.returncode == 0
+    assert done.returncode == 2  # which tells a script; in a terminal it would be 0
     first, again = done.stdout.splitlines()
     assert first == again
     (error,) = done.stderr.splitlines()
@@ -196,6 +196,27 @@ def test_chat_survives_a_full_context(files) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+@pytest.mark.parametrize("option", [["--temperature", -1], ["--max-context", 3]])
+def test_a_chat_that_is_piped_tells_of_errors_at_its_end(files, option) -> None:
+    done = run_frspec("chat", "--model", files.model, *option, stdin="w1 w2 w3 w4\n")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("frspec: error: ") and done.stderr.count("\n") == 1
+
+
+def test_paths_that_are_not_utf_8(files, tmp_path) -> None:
+    odd = os.fsencode(tmp_path) + b"/\xff"
+    os.symlink(files.model, odd)
+    for command in (
+        ["generate", "--prompt", "w1", "--model", odd],
+        ["generate", "--prompt", "w1", "--model", files.model, "--drafter", odd],
+        ["info", "--model", odd],
+        ["rank-tokens", "--tokenizer", files.model, "--input", odd, "--out", tmp_path / "r"],
+    ):
+        done = subprocess.run([*FRSPEC, *command], capture_output=True, env=environment())
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(b"frspec: error: expected ") and b"xff" in done.stderr
+
+
 def test_ctrl_c_in_a_chat_ends_the_answer_only(files) -> None:
     import pty
 

@@ -137,6 +137,26 @@ def test_what_the_runtime_does_not_read_is_converted_though_it_is_safetensors(tm
         convert(tmp_path / "single", tmp_path / "tokenized")
 
 
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "4096"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type: .* found .yarn."),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "expected 1"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures: .* found .*GPT2"),
+    ],
+)
+def test_what_the_runtime_refuses_is_not_converted(tmp_path, kind, change, message) -> None:
+    model = write_model(tmp_path / "model", model_tensors(), **change)
+    if kind == "safetensors":
+        (model / "pytorch_model.bin").unlink()
+        save_file(model_tensors(), model / "model.safetensors")
+    with pytest.raises(ConversionError, match=message):
+        convert(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
@@ -323,19 +343,22 @@ def test_an_interrupted_conversion_leaves_nothing(model: Path, tmp_path: Path, e
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_a_conversion_ended_by_sigterm_leaves_nothing(model, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_ended_by_a_signal_leaves_nothing(
+    model, tmp_path, monkeypatch, number
+) -> None:
     real = convert_package.convert
 
     def terminated(*args, progress, **options):
-        return real(*args, progress=lambda *_: os.kill(os.getpid(), signal.SIGTERM), **options)
+        return real(*args, progress=lambda *_: os.kill(os.getpid(), number), **options)
 
     monkeypatch.setattr(convert_package, "convert", terminated)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", str(model), str(tmp_path / "out"), "--dtype", "bf16"])
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + number
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_what_a_killed_conversion_left_goes_with_the_next(model: Path, tmp_path: Path) -> None:

@@ -426,6 +426,20 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_a_chat_template_that_does_not_compile_is_left_out(tmp_path: Path) -> None:
+    notes: list[str] = []
+    source = write_model(tmp_path / "m.gguf", metadata={"tokenizer.chat_template": "{% if %}"})
+    out = convert(source, tmp_path / "out", note=notes.append)
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    assert any("chat template does not compile" in note for note in notes)
+
+
+def test_absurd_layers_are_refused_at_once(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "m.gguf", metadata={"llama.block_count": 2**31})
+    with pytest.raises(ConversionError, match="at most 4096 layers, found 2147483648"):
+        convert(source, tmp_path / "out")
+
+
 def test_the_written_tokenizer(tmp_path: Path) -> None:
     out = convert(write_model(tmp_path / "m.gguf"), tmp_path / "out")
     tokenizer = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))

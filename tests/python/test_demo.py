@@ -91,6 +91,13 @@ def test_where_memory_holds_one_generator(monkeypatch) -> None:
     assert [len(found) for found in results.values()] == [2] * len(demo.CONFIGURATIONS)
 
 
+@pytest.mark.parametrize("option", [["--temperature", "-1"], ["--seed", 2**70], ["--prompts", 0]])
+def test_bad_options_are_refused_before_anything_is_done(option) -> None:
+    done = run_frspec("demo", *option, env={"FRSPEC_CACHE": "/proc/none"})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"frspec: error: {option[0]}")
+
+
 def test_a_home_that_is_not_known() -> None:
     odd = {"FRSPEC_CACHE": "~nobody-of-this-name"}
     assert run_frspec("info", env=odd).returncode == 0  # the demo's cache is not its business

@@ -63,6 +63,15 @@ def test_same_text_in_every_family(tiny_models, new_tiny_generator, name, dtype)
     assert longest > 1, "the drafter should be right now and then"
 
 
+def test_a_sub_vocabulary_of_all_tokens_takes_no_copy_of_the_head(new_tiny_generator):
+    model, drafter = tiny.FAMILIES["llama3"], tiny.TinyDrafter()
+    full = new_tiny_generator(model, drafter)
+    every = new_tiny_generator(model, drafter, model.vocab)
+    assert every.memory_plan == full.memory_plan
+    one, other = (each.generate([3, 1, 4], max_new_tokens=12) for each in (full, every))
+    assert one.token_ids == other.token_ids and one.accept_lengths == other.accept_lengths
+
+
 def test_threads_change_nothing(new_tiny_generator, step_rounds):
     model = tiny.FAMILIES["qwen2.5"].with_(dtype="bfloat16")
     prompt = prompt_of(model, 50)

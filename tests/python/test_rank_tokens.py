@@ -68,6 +68,29 @@ def test_tokens_that_the_model_has_no_row_for_are_left_out(tmp_path):
     assert ranking.tokens_counted == len("the cat sat on a the cat".split())
 
 
+@pytest.mark.parametrize("out", ["corpus.txt", "link", "model/tokenizer.json"])
+def test_nothing_but_a_ranking_is_replaced(folder, tmp_path, out):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat")
+    (tmp_path / "link").symlink_to(corpus)
+    before = (tmp_path / out).read_bytes()
+    options = ["--tokenizer", folder, "--input", corpus, "--out", tmp_path / out]
+    with pytest.raises(RankingError, match="expected a new file or a ranking to replace"):
+        run(parsed(options))
+    assert (tmp_path / out).read_bytes() == before
+    ranking = rank(folder, "--input", corpus)
+    assert len(rank(folder, "--input", corpus)) == len(ranking)  # which replaces the first
+    path = folder.parent / "ranking.safetensors"
+    with pytest.raises(RankingError, match="another file than those to merge"):
+        run(parsed(["--merge", path, path, "--out", path]))
+
+
+def parsed(options):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(list(map(str, options)))
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 40, 1 << 20])
 def test_plain_text_is_cut_between_words(folder, tmp_path, monkeypatch, chunk_bytes):
     monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", 8)

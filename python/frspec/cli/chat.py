@@ -62,13 +62,14 @@ def run(args: argparse.Namespace) -> int:
     if interactive:
         _enable_line_editing()
         print(_COMMANDS_HELP, file=sys.stderr)
+    code = 0  # 2 when a message that nobody types was refused
     while True:
         try:
             line = input("> " if interactive else "")
         except EOFError:
             if interactive:
                 print()
-            return 0
+            return code
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         command = line.strip()
         if command in ("/quit", "/exit"):
-            return 0
+            return code
         if command == "/reset":
             messages = list(opening)
         elif command == "/help":
@@ -91,10 +92,13 @@ def run(args: argparse.Namespace) -> int:
             try:
                 answer = _answer(generator, messages, args)
             except RequestError as error:
+                code = 0 if interactive else 2
                 messages.pop()
                 advice = "; /reset begins anew" if messages != opening else ""
                 print(f"frspec: error: {error}{advice}", file=sys.stderr)
             except KeyboardInterrupt:  # before there was an answer
+                if not interactive:
+                    raise
                 messages.pop()
                 print(file=sys.stderr)
             else:
@@ -102,10 +106,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer(generator: Generator, messages: list[dict], args: argparse.Namespace) -> str:
-    """Writes the next answer; returns what of it was made when Ctrl-C ends it."""
+    """Writes the next answer; returns what of it was made when Ctrl-C ends it in a terminal."""
     stream = generator.stream(messages, **request_options(args))
-    write_stream(stream)
+    whole = write_stream(stream)
     print(flush=True)
+    if not whole and not sys.stdin.isatty():
+        raise KeyboardInterrupt
     if not args.quiet:
         write_summary(stream.result)
     return stream.result.text

@@ -48,6 +48,7 @@ def convert(
     from frspec.convert.eagle import convert_eagle, is_eagle, loads_as_it_is
     from frspec.convert.gguf_model import convert_gguf
     from frspec.convert.huggingface import convert_huggingface
+    from frspec.convert.layout import check_loads
     from frspec.convert.weights import open_checkpoint
 
     if note is None:
@@ -70,7 +71,9 @@ def convert(
         checkpoint, heads = medusa.without_heads(checkpoint), False
     as_it_is = medusa.loads_as_it_is if heads else loads_as_it_is
     if checkpoint is not None and word is None and as_it_is(checkpoint):
-        note(f"{source} loads as it is: nothing to convert")
+        if not eagle and not heads:
+            check_loads(checkpoint.folder, checkpoint.folder)
+        note(f"{checkpoint.folder} loads as it is: nothing to convert")
         return checkpoint.folder
     sources = [folder_or_file] + ([] if target_folder is None else [target_folder])
     check_destination(out, sources, force)
@@ -91,6 +94,8 @@ def _local(source: str | Path) -> Path:
     """`source` on this machine: a file or folder, or what the hub has under the id."""
     from frspec.hub import looks_like_hub_id, resolve
 
+    if not str(source):
+        raise ConversionError("expected a file, folder or hub id to convert, found none")
     path = user_path(source)
     if path.exists():
         return path

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
-import sys
-from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +16,7 @@ from rich.progress import (
 
 from frspec.console import write_line
 from frspec.convert.tensors import WEIGHT_DTYPES
-from frspec.files import user_path
+from frspec.files import ended_by_signals, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         write_line(console, text)
 
-    with progress, _ended_by_sigterm():
+    with progress, ended_by_signals():
         folder = convert(
             args.source,
             args.out,
@@ -91,17 +87,3 @@ def run(args: argparse.Namespace) -> int:
     if str(folder) == str(user_path(args.out)):
         say(f"{args.source} converted: load it from {folder}")
     return 0
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends Python at once by default, and what was half written would stay."""
-
-    def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,8 @@ from tokenizers import (
     processors,
 )
 
-from frspec.errors import ConversionError
+from frspec.chat_template import ChatTemplate
+from frspec.errors import ConversionError, ModelError
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -147,9 +148,13 @@ def build_tokenizer(
             config[f"{name}_token"] = tokens[token_id]
     template = file.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        config["chat_template"] = template
+        try:
+            ChatTemplate(template, "the metadata")
+            config["chat_template"] = template
+        except ModelError as error:
+            notes.append(f"{error}; it is left out, and prompts need --raw")
     else:
-        notes.append("no chat template in the metadata: prompts are used as they are")
+        notes.append("no chat template in the metadata: prompts need --raw")
     context = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
     if isinstance(context, int):
         config["model_max_length"] = context

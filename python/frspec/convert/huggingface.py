@@ -8,6 +8,7 @@ from typing import Any
 
 from frspec.convert.layout import (
     ARCHITECTURES,
+    check_loads,
     copy_companions,
     model_shapes,
     read_config,
@@ -59,6 +60,7 @@ def convert_huggingface(
         if not (stage / "tokenizer.json").exists():
             notes += _make_tokenizer(checkpoint.folder, stage, config["vocab_size"])
         write_weights(stage, tensors, progress)
+        check_loads(stage, out)
     return notes
 
 

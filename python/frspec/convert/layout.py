@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frspec.convert.tensors import LazyTensor
-from frspec.errors import ConversionError
+from frspec.errors import ConversionError, ModelError, RequestError
 
 # Names in a config's `architectures`, and the `model_type` that goes with each.
 ARCHITECTURES = {
@@ -42,6 +42,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+# What the runtime accepts (runtime/config.cpp).
+MAX_LAYERS = 4096
+
+
 def config_count(config: dict[str, Any], key: str, where: Path, default: int | None = None) -> int:
     """The positive integer under `key`."""
     value = config.get(key)
@@ -50,6 +54,16 @@ def config_count(config: dict[str, Any], key: str, where: Path, default: int | N
     if type(value) is not int or value <= 0:
         raise ConversionError(f"{where}: {key}: expected a positive integer, found {value!r}")
     return value
+
+
+def check_loads(folder: Path, name: Path) -> None:
+    """ConversionError unless the runtime takes the model in `folder`; messages call it `name`."""
+    from frspec.generator import plan_engine
+
+    try:
+        plan_engine(folder, device="cpu")
+    except (ModelError, RequestError) as error:
+        raise ConversionError(str(error).replace(str(folder), str(name))) from None
 
 
 def with_classic_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +123,10 @@ def model_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ..
     hidden = config_count(config, "hidden_size", where)
     vocab = config_count(config, "vocab_size", where)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config_count(config, "num_hidden_layers", where)):
+    layers = config_count(config, "num_hidden_layers", where)
+    if layers > MAX_LAYERS:
+        raise ConversionError(f"{where}: expected at most {MAX_LAYERS} layers, found {layers}")
+    for layer in range(layers):
         shapes.update(layer_shapes(f"model.layers.{layer}.", config, where))
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (vocab, hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -85,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="take the ids of a published FR-Spec list (freq_32768.pt) instead of counting",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ranking to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="FILE", help="ranking to write, or to replace"
+    )
     parser.add_argument(
         "--corpus", metavar="NAME", help="name of the corpus, kept in the file (default: inputs)"
     )
@@ -155,14 +158,38 @@ def _check(args: argparse.Namespace) -> None:
                 raise RankingError(f"--{option.replace('_', '-')} is for --input")
     if args.tokenizer is None and args.merge is None:
         raise RankingError("--tokenizer is needed (but for --merge)")
+    texts = [args.corpus or "", str(args.out), *map(str, (args.input or []) + (args.merge or []))]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            found = os.fsencode(text)
+            raise RankingError(f"expected names in UTF-8, found {found!r:.80}") from None
+    if args.out.is_file() and not _is_ranking(args.out):
+        raise RankingError(
+            f"--out {args.out}: expected a new file or a ranking to replace, found another file"
+        )
+    for source in args.merge or []:
+        if source.exists() and args.out.exists() and source.samefile(args.out):
+            raise RankingError(f"--out {args.out}: expected another file than those to merge")
     for option in ("out", "checkpoint"):
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
             raise RankingError(f"--{option} {path}: no such folder {path.parent}")
         if path is not None and path.is_dir():
             raise RankingError(f"--{option} {path}: expected a file, found a folder")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise RankingError(f"--{option} {path}: cannot write into {path.parent}")
     if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
         raise RankingError(f"--checkpoint {args.checkpoint}: expected another file than --out")
+
+
+def _is_ranking(path: Path) -> bool:
+    try:
+        Ranking.load(path)
+    except RankingError:
+        return False
+    return True
 
 
 def _count(

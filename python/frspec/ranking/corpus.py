@@ -47,7 +47,8 @@ def check_sources(sources: Sequence[Source]) -> int | None:
             import_datasets(source)
             continue
         if not source.is_file():
-            raise RankingError(f"{source}: no such input file")
+            found = "expected a file, found a folder" if source.is_dir() else "no such input file"
+            raise RankingError(f"{source}: {found}")
         if not os.access(source, os.R_OK):
             raise RankingError(f"{source}: input file cannot be read")
         if _format(source) == ".parquet":
