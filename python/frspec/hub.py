@@ -48,7 +48,7 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise ModelError(f"expected a path in UTF-8, found {os.fsencode(path)!r:.80}") from None
+        raise ModelError(f"expected a path in UTF-8, found {str(path)!r:.80}") from None
     try:
         is_folder = path.is_dir()
     except OSError as error:

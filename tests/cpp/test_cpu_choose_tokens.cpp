@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 
 #include "cpu_test_support.h"
 
@@ -92,20 +93,21 @@ void check_sampling(const std::vector<NamedBackend>& backends, Matrix& logits,
                     const Sampling& sampling) {
   const int64_t n = logits.rows();
   std::vector<int32_t> positions;
-  std::vector<int32_t> wanted;  // -1: not determined
+  std::vector<std::optional<int32_t>> wanted;  // none: not determined
   for (int32_t r = 0; r < n; ++r) {
     positions.push_back(100 * r + 3);
     double margin = 1;
     const auto set = filtered(logits.row(r), logits.cols(), sampling, margin);
-    wanted.push_back(margin < 3e-6 ? -1
-                                   : brute_force(logits.row(r), set, sampling, positions.back()));
+    wanted.emplace_back();
+    if (margin < 3e-6) continue;
+    wanted.back() = brute_force(logits.row(r), set, sampling, positions.back());
   }
   for (const NamedBackend& each : backends) {
     CAPTURE(each.name);
     std::vector<int32_t> tokens(static_cast<size_t>(n), -1);
     each.backend->choose_tokens(tokens.data(), logits.tensor(), &sampling, positions.data());
     for (size_t r = 0; r < tokens.size(); ++r) {
-      if (wanted[r] >= 0) CHECK(tokens[r] == wanted[r]);
+      if (wanted[r]) CHECK(tokens[r] == *wanted[r]);
     }
   }
 }

@@ -209,7 +209,7 @@ TEST_CASE("a head predicts the token that its place says") {
 
 TEST_CASE("with a sub-vocabulary") {
   size_t full_bytes = 0;
-  for (const int64_t size : {0, 5, 64, 211}) {
+  for (const int64_t size : {0, 5, 64, 210, 211}) {
     EngineOptions options = medusa_options("sub_vocab", {4, 5, 24});
     options.ranking = test::write_tiny_ranking("medusa_ranking", kSizes.vocab);
     options.vocab_size = size;
@@ -226,7 +226,7 @@ TEST_CASE("with a sub-vocabulary") {
       CAPTURE(size);
       const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, sampling));
       CHECK(generate(engine, kPrompt, make_request(Method::kMedusa, sampling)) == plain);
-      if (size == 211) {  // all tokens in another order: as good as the full head
+      if (size == 210) {  // nearly all tokens, in another order: as good as the full head
         CHECK(mean_accept_length(engine) > (sampling.temperature == 0.0f ? 1.5 : 1.0));
       }
     }

@@ -102,8 +102,8 @@ TEST_CASE("safetensors: release drops the pages, and the bytes are read again") 
   CHECK(before * 1024 >= big.size());
   file.release(tensor, tensor.bytes / 2);
   const size_t half = resident_kib();
-  CHECK(half < before * 2 / 3);
-  CHECK(half > before / 8);  // two of the eight MiB were dropped besides
+  CHECK(half < before * 2 / 5);  // two of the eight MiB were dropped besides
+  CHECK(half > before / 8);
   file.release(tensor, tensor.bytes);
   const size_t after = resident_kib();
   CHECK(after * 1024 <= 3 * page);

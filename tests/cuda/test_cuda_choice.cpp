@@ -104,6 +104,8 @@ TEST_CASE("topk_logprobs of special values finds what the CPU finds") {
   logits.row(2)[4500] = kInfinity;
   std::fill_n(logits.row(3), kVocab, NAN);
   logits.row(3)[4999] = 1.0f;
+  for (int64_t i = 1; i < kVocab; i += 2) logits.row(0)[i] = -kInfinity;  // NaN is no less
+  logits.row(2)[4800] = kInfinity;
   logits.upload();
   const auto chunks = static_cast<size_t>(4 * topk_chunks(kVocab));
   const DeviceArray<float2> sums(chunks);

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from command_line import FRSPEC, environment, run_frspec, write_talking_model
-from frspec import Generator
+from frspec import Generator, RequestError
 from frspec.cli import _COMMANDS
 from frspec.options import _byte_count
 from reference import tiny
@@ -195,12 +195,18 @@ def test_chat_survives_a_full_context(files) -> None:
     assert "at most 15 are possible; /reset begins anew" in error
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 @pytest.mark.parametrize("option", [["--temperature", -1], ["--max-context", 3]])
 def test_a_chat_that_is_piped_tells_of_errors_at_its_end(files, option) -> None:
     done = run_frspec("chat", "--model", files.model, *option, stdin="w1 w2 w3 w4\n")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("frspec: error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_empty_prompt_is_refused(files) -> None:
+    generator = Generator(files.model)
+    for prompt in ("", [], [{}]):
+        with pytest.raises(RequestError):
+            generator.generate(prompt)
 
 
 def test_paths_that_are_not_utf_8(files, tmp_path) -> None:
@@ -214,9 +220,10 @@ def test_paths_that_are_not_utf_8(files, tmp_path) -> None:
     ):
         done = subprocess.run([*FRSPEC, *command], capture_output=True, env=environment())
         assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith(b"frspec: error: expected ") and b"xff" in done.stderr
+        assert done.stderr.startswith(b"frspec: error: expected ") and b"udcff" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_ctrl_c_in_a_chat_ends_the_answer_only(files) -> None:
     import pty
 

@@ -131,6 +131,10 @@ def test_what_the_runtime_does_not_read_is_converted_though_it_is_safetensors(tm
     assert convert(tmp_path / "single", tmp_path / "as it is") == tmp_path / "single"
     written = read_safetensors(convert(tmp_path / "double", tmp_path / "out") / "model.safetensors")
     assert {code for code, _ in written.values()} == {"F32"}
+    # Nor a file among others, which its folder would not load.
+    save_file(model_tensors(), tmp_path / "single" / "other.safetensors")
+    out = convert(tmp_path / "single" / "model.safetensors", tmp_path / "one of two")
+    assert out == tmp_path / "one of two"
     # Nor a tokenizer of SentencePiece, of which conversion makes a tokenizer.json.
     (tmp_path / "single" / "tokenizer.json").rename(tmp_path / "single" / "tokenizer.model")
     with pytest.raises(ConversionError, match="not a SentencePiece BPE model"):

@@ -121,6 +121,8 @@ def test_eagle_with_attention_bias(model: Path, tmp_path: Path) -> None:
         ({"fc.weight": np.ones((HIDDEN, HIDDEN))}, {}, r"fc.weight: expected shape \[32, 64\]"),
         ({}, {"hidden_size": 64}, "hidden_size: expected the target's 32, found 64"),
         ({}, {"vocab_size": 41}, "vocab_size: expected the target's 40, found 41"),
+        ({}, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one RoPE .* found"),
+        ({}, {"partial_rotary_factor": 0.5}, "one RoPE over whole heads .* found 0.5"),
     ],
 )
 def test_wrong_eagle_checkpoints(

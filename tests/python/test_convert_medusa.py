@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from checkpoint_files import (
     HIDDEN,
@@ -97,6 +98,15 @@ def test_heads_as_safetensors_load_as_they_are(model: Path, tmp_path: Path) -> N
     # Both files, and the published config that claims two heads.
     assert convert(source, tmp_path / "again", note=lambda _: None) == source
     Generator(model, source, device="cpu", max_context=64)
+    double = write_heads(tmp_path / "double", {})
+    save_file(
+        {name: tensor.astype(np.float64) for name, tensor in medusa_tensors().items()},
+        double / "medusa_lm_head.safetensors",
+    )
+    (double / "medusa_lm_head.pt").unlink()
+    single = convert(double, tmp_path / "single", note=lambda _: None)
+    assert single == tmp_path / "single"
+    Generator(model, single, device="cpu", max_context=64)
     words = json.loads((source / "config.json").read_text()) | {"medusa_num_heads": 9}
     (source / "config.json").write_text(json.dumps(words))
     with pytest.raises(ConversionError, match="medusa_num_heads heads, 9, found 3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import weakref
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from command_line import run_frspec
-from frspec import MemoryPlanError, RequestError, Tree, demo
+from command_line import run_frspec, write_talking_model
+from frspec import Generator, MemoryPlanError, RequestError, Tree, demo
 from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
 from frspec.options import draft_tree
 from frspec.tree import default_tree
+from reference import tiny
+
+MODEL = tiny.FAMILIES["llama3"].with_(name="talking", tokenizer=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +77,24 @@ def test_the_package_ships_drafter_and_ranking() -> None:
     assert RANKING.is_file()
 
 
-def test_where_memory_holds_one_generator(monkeypatch) -> None:
+def test_where_memory_holds_one_generator(monkeypatch, tmp_path) -> None:
     alive = weakref.WeakSet()
-
-    class Fake:
-        def generate(self, *args, **options):
-            return None
+    folder = write_talking_model(tmp_path / "model", MODEL)
+    drafter = tiny.write_drafter(tmp_path / "drafter", MODEL, folder, tiny.TinyDrafter(noise=0))
 
     def load(vocab_size):
         if len(alive) > 0:
             raise MemoryPlanError("no room")
-        fake = Fake()
-        alive.add(fake)
-        return fake
+        generator = Generator(folder, drafter)
+        alive.add(generator)
+        return generator
 
-    results = demo._measure(demo._Pool(load), demo.PROMPTS[:2], {})
+    monkeypatch.setattr(demo, "PROMPTS", ("w1 w2", "w3"))
+    gc.disable()  # a generator goes when nobody holds it, not some time later
+    try:
+        results = demo._measure(demo._Pool(load), demo.PROMPTS, {"max_new_tokens": 3})
+    finally:
+        gc.enable()
     assert [len(found) for found in results.values()] == [2] * len(demo.CONFIGURATIONS)
 
 

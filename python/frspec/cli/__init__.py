@@ -1,6 +1,7 @@
 """The command `frspec`: results on stdout, progress and errors on stderr.
 
-Exit codes: 0, 1 (a check that the command makes failed), 2 with one line on stderr (bad input),
+Exit codes: 0, 1 (a check that the command makes failed), 2 with one line on stderr (bad input; a
+`chat` whose messages are piped goes on with the next one and ends so),
 130 (Ctrl-C), 141 (the reader of stdout went away).
 """
 

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         except UnicodeDecodeError:
             print("frspec: error: expected UTF-8 text", file=sys.stderr)
+            code = 0 if interactive else 2
             continue
         command = line.strip()
         if command in ("/quit", "/exit"):

@@ -41,7 +41,8 @@ def convert(
     note:     called with remarks for the user; they are logged when it is None.
     force:    replaces a model folder at `out`, which else has to be new or empty.
 
-    Raises ConversionError, ModelError or HubError; `out` is then as it was before.
+    Raises ConversionError, ModelError, HubError or another FrspecError; `out` is then as it was
+    before.
     """
     # The readers import the gguf and tokenizers packages, which `frspec --help` need not wait for.
     from frspec.convert import medusa
@@ -70,9 +71,11 @@ def convert(
         note("the Medusa heads are left out: with --target they are converted, as a drafter")
         checkpoint, heads = medusa.without_heads(checkpoint), False
     as_it_is = medusa.loads_as_it_is if heads else loads_as_it_is
-    if checkpoint is not None and word is None and as_it_is(checkpoint):
+    # A file among others of its folder is not what the folder would load.
+    alone = folder_or_file.is_dir() or len(list(folder_or_file.parent.glob("*.safetensors"))) == 1
+    if checkpoint is not None and word is None and alone and as_it_is(checkpoint):
         if not eagle and not heads:
-            check_loads(checkpoint.folder, checkpoint.folder)
+            check_loads(checkpoint.folder)
         note(f"{checkpoint.folder} loads as it is: nothing to convert")
         return checkpoint.folder
     sources = [folder_or_file] + ([] if target_folder is None else [target_folder])

@@ -25,7 +25,7 @@ from frspec.convert.layout import (
     with_torch_dtype,
 )
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
-from frspec.convert.tensors import BLOCK_ELEMENTS, FLOAT_DTYPES, WEIGHT_DTYPES, LazyTensor
+from frspec.convert.tensors import BLOCK_ELEMENTS, WEIGHT_DTYPES, LazyTensor, has_float64
 from frspec.convert.weights import Checkpoint, open_checkpoint
 from frspec.errors import ConversionError
 
@@ -44,8 +44,8 @@ def loads_as_it_is(checkpoint: Checkpoint) -> bool:
     folder = checkpoint.folder
     if checkpoint.kind != "safetensors" or not (folder / "config.json").is_file():
         return False
-    unreadable = set(FLOAT_DTYPES) - {code for code, _ in WEIGHT_DTYPES.values()}
-    if any(tensor.dtype in unreadable for tensor in checkpoint.tensors.values()):
+    weights = {n: t for n, t in checkpoint.tensors.items() if not ROTARY_BUFFER.fullmatch(n)}
+    if has_float64(weights):
         return False
     if not is_eagle(checkpoint.tensors) and not (folder / "tokenizer.json").is_file():
         return not (folder / "tokenizer.model").is_file()
@@ -80,6 +80,11 @@ def convert_eagle(
                 f"{where}: tensor {name}: expected an EAGLE v1 or v2 checkpoint, found EAGLE-3"
             )
     config = with_classic_rope(read_config(where / "config.json"))
+    if "rope_parameters" in config or config.get("partial_rotary_factor", 1) != 1:
+        raise ConversionError(
+            f"{where / 'config.json'}: expected one RoPE over whole heads for all layers, found"
+            f" {config.get('rope_parameters', config.get('partial_rotary_factor'))!r:.80}"
+        )
     notes: list[str] = []
     found = _without_target_tables(found, config, where, target, notes)
     layers = 1 + max(

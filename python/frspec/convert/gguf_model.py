@@ -17,7 +17,7 @@ from frspec.convert.gguf_tokenizer import (
     end_token_ids,
     special_token_ids,
 )
-from frspec.convert.layout import bias_settings, check_loads, model_shapes, select
+from frspec.convert.layout import bias_settings, check_config, model_shapes, select
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
 from frspec.convert.tensors import WEIGHT_DTYPES, LazyTensor
 from frspec.errors import ConversionError
@@ -109,6 +109,7 @@ def convert_gguf(
     if ends:
         generation_config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
+    check_config(config, out)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with staged_folder(out, nbytes) as stage:
         write_json(stage / "config.json", config)
@@ -116,7 +117,6 @@ def convert_gguf(
         write_json(stage / "tokenizer_config.json", tokenizer_config)
         tokenizer.save(str(stage / "tokenizer.json"))
         write_weights(stage, tensors, progress)
-        check_loads(stage, out)
     return notes
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from frspec.convert.layout import (
     ARCHITECTURES,
-    check_loads,
+    check_config,
     copy_companions,
     model_shapes,
     read_config,
@@ -52,15 +52,15 @@ def convert_huggingface(
     code, torch_name = WEIGHT_DTYPES[dtype or own_dtype(tensors)]
     tensors = [tensor.cast(code) for tensor in tensors]
 
+    config = with_torch_dtype({**config, "architectures": [architecture]}, torch_name)
+    check_config(config, out)
     notes: list[str] = []
     with staged_folder(out, sum(tensor.nbytes for tensor in tensors)) as stage:
-        config = {**config, "architectures": [architecture]}
-        write_json(stage / "config.json", with_torch_dtype(config, torch_name))
+        write_json(stage / "config.json", config)
         copy_companions(checkpoint.folder, stage)
         if not (stage / "tokenizer.json").exists():
             notes += _make_tokenizer(checkpoint.folder, stage, config["vocab_size"])
         write_weights(stage, tensors, progress)
-        check_loads(stage, out)
     return notes
 
 

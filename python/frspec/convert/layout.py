@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,26 @@ def config_count(config: dict[str, Any], key: str, where: Path, default: int | N
     return value
 
 
-def check_loads(folder: Path, name: Path) -> None:
-    """ConversionError unless the runtime takes the model in `folder`; messages call it `name`."""
+def check_loads(folder: Path) -> None:
+    """ConversionError unless the runtime takes the model in `folder`; no weights are read."""
     from frspec.generator import plan_engine
 
     try:
         plan_engine(folder, device="cpu")
     except (ModelError, RequestError) as error:
-        raise ConversionError(str(error).replace(str(folder), str(name))) from None
+        raise ConversionError(str(error)) from None
+
+
+def check_config(config: dict[str, Any], out: Path) -> None:
+    """ConversionError unless the runtime takes a model of this config; messages name `out`."""
+    with tempfile.TemporaryDirectory() as folder:
+        # A synthetic model is nothing but its config.
+        text = json.dumps(config | {"frspec_synthetic_seed": 0})
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        try:
+            check_loads(Path(folder))
+        except ConversionError as error:
+            raise ConversionError(str(error).replace(folder, str(out))) from None
 
 
 def with_classic_rope(config: dict[str, Any]) -> dict[str, Any]:

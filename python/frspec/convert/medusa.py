@@ -16,7 +16,7 @@ from typing import Any
 from frspec.convert.huggingface import own_dtype
 from frspec.convert.layout import config_count, read_config, select
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
-from frspec.convert.tensors import WEIGHT_DTYPES, LazyTensor
+from frspec.convert.tensors import WEIGHT_DTYPES, LazyTensor, has_float64
 from frspec.convert.weights import Checkpoint
 from frspec.errors import ConversionError
 
@@ -50,7 +50,7 @@ def without_heads(checkpoint: Checkpoint) -> Checkpoint:
 def loads_as_it_is(checkpoint: Checkpoint) -> bool:
     """Whether the runtime reads these heads without conversion."""
     path = checkpoint.folder / "config.json"
-    if checkpoint.kind != "safetensors" or not path.is_file():
+    if checkpoint.kind != "safetensors" or not path.is_file() or has_float64(checkpoint.tensors):
         return False
     config = read_config(path)
     heads, layers = _count(_heads(checkpoint.tensors))

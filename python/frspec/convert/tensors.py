@@ -7,7 +7,7 @@ the storage of a BF16 tensor is an array of uint16 that holds its bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,11 @@ _DTYPE_ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float3
 # Blocks of about this many elements stay in cache: a 1 MB piece dequantises and rounds several
 # times faster than a 500 MB embedding at once, which faults in fresh pages.
 BLOCK_ELEMENTS = 1 << 18
+
+
+def has_float64(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the runtime, which has no fp64, cannot read one of these."""
+    return any(tensor.dtype == "F64" for tensor in tensors.values())
 
 
 def weight_dtype_word(dtype: str) -> str:

@@ -159,13 +159,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.tokenizer is None and args.merge is None:
         raise RankingError("--tokenizer is needed (but for --merge)")
     texts = [args.corpus or "", str(args.out), *map(str, (args.input or []) + (args.merge or []))]
+    texts.append(str(args.import_pt or ""))
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
-            found = os.fsencode(text)
-            raise RankingError(f"expected names in UTF-8, found {found!r:.80}") from None
-    if args.out.is_file() and not _is_ranking(args.out):
+            raise RankingError(f"expected names in UTF-8, found {text!r:.80}") from None
+    if args.out.is_file() and args.out.stat().st_size > 0 and not _is_ranking(args.out):
         raise RankingError(
             f"--out {args.out}: expected a new file or a ranking to replace, found another file"
         )
@@ -178,8 +178,11 @@ def _check(args: argparse.Namespace) -> None:
             raise RankingError(f"--{option} {path}: no such folder {path.parent}")
         if path is not None and path.is_dir():
             raise RankingError(f"--{option} {path}: expected a file, found a folder")
-        if path is not None and not os.access(path.parent, os.W_OK):
-            raise RankingError(f"--{option} {path}: cannot write into {path.parent}")
+        if path is None:
+            continue
+        folder = Path(os.path.realpath(path)).parent  # of a link the target is replaced
+        if not os.access(folder, os.W_OK):
+            raise RankingError(f"--{option} {path}: cannot write into {folder}")
     if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
         raise RankingError(f"--checkpoint {args.checkpoint}: expected another file than --out")
 
