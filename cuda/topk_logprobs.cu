@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
     total = warp_merge_sums(total);
     if (threadIdx.x == 0) {
       row_max = total.x;
-      log_sum = total.x < INFINITY ? logf(total.y) : 0.0f;  // the sum is NaN
+      log_sum = total.x < INFINITY ? logf(total.y) : 0.0f;  // of inf the sum is NaN
     }
   }
   __syncthreads();

@@ -109,7 +109,7 @@ def convert_gguf(
     if ends:
         generation_config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
-    check_config(config, out)
+    check_config(config, source)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with staged_folder(out, nbytes) as stage:
         write_json(stage / "config.json", config)

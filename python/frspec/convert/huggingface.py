@@ -53,7 +53,7 @@ def convert_huggingface(
     tensors = [tensor.cast(code) for tensor in tensors]
 
     config = with_torch_dtype({**config, "architectures": [architecture]}, torch_name)
-    check_config(config, out)
+    check_config(config, where)
     notes: list[str] = []
     with staged_folder(out, sum(tensor.nbytes for tensor in tensors)) as stage:
         write_json(stage / "config.json", config)

@@ -67,16 +67,16 @@ def check_loads(folder: Path) -> None:
         raise ConversionError(str(error)) from None
 
 
-def check_config(config: dict[str, Any], out: Path) -> None:
-    """ConversionError unless the runtime takes a model of this config; messages name `out`."""
+def check_config(config: dict[str, Any], where: Path) -> None:
+    """ConversionError unless the runtime takes a model of this config, which came from `where`."""
     with tempfile.TemporaryDirectory() as folder:
         # A synthetic model is nothing but its config.
-        text = json.dumps(config | {"frspec_synthetic_seed": 0})
-        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config | {"frspec_synthetic_seed": 0}), encoding="utf-8")
         try:
-            check_loads(Path(folder))
+            check_loads(path.parent)
         except ConversionError as error:
-            raise ConversionError(str(error).replace(folder, str(out))) from None
+            raise ConversionError(str(error).replace(str(path), str(where))) from None
 
 
 def with_classic_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -158,13 +158,35 @@ def _check(args: argparse.Namespace) -> None:
                 raise RankingError(f"--{option.replace('_', '-')} is for --input")
     if args.tokenizer is None and args.merge is None:
         raise RankingError("--tokenizer is needed (but for --merge)")
-    texts = [args.corpus or "", str(args.out), *map(str, (args.input or []) + (args.merge or []))]
-    texts.append(str(args.import_pt or ""))
-    for text in texts:
+    _check_names(args)
+    _check_places(args)
+    if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
+        raise RankingError(f"--checkpoint {args.checkpoint}: expected another file than --out")
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """The file keeps names in UTF-8."""
+    paths = [args.out, args.import_pt or "", *(args.input or []), *(args.merge or [])]
+    for name in (args.corpus or "", *map(str, paths)):
         try:
-            text.encode()
+            name.encode()
         except UnicodeEncodeError:
-            raise RankingError(f"expected names in UTF-8, found {text!r:.80}") from None
+            raise RankingError(f"expected names in UTF-8, found {name!r:.80}") from None
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """What will be written can be, and replaces nothing but a ranking."""
+    for option in ("out", "checkpoint"):
+        path = getattr(args, option)
+        if path is None:
+            continue
+        if not path.parent.is_dir():
+            raise RankingError(f"--{option} {path}: no such folder {path.parent}")
+        if path.is_dir():
+            raise RankingError(f"--{option} {path}: expected a file, found a folder")
+        folder = Path(os.path.realpath(path)).parent  # of a link the target is replaced
+        if not os.access(folder, os.W_OK):
+            raise RankingError(f"--{option} {path}: cannot write into {folder}")
     if args.out.is_file() and args.out.stat().st_size > 0 and not _is_ranking(args.out):
         raise RankingError(
             f"--out {args.out}: expected a new file or a ranking to replace, found another file"
@@ -172,19 +194,6 @@ def _check(args: argparse.Namespace) -> None:
     for source in args.merge or []:
         if source.exists() and args.out.exists() and source.samefile(args.out):
             raise RankingError(f"--out {args.out}: expected another file than those to merge")
-    for option in ("out", "checkpoint"):
-        path = getattr(args, option)
-        if path is not None and not path.parent.is_dir():
-            raise RankingError(f"--{option} {path}: no such folder {path.parent}")
-        if path is not None and path.is_dir():
-            raise RankingError(f"--{option} {path}: expected a file, found a folder")
-        if path is None:
-            continue
-        folder = Path(os.path.realpath(path)).parent  # of a link the target is replaced
-        if not os.access(folder, os.W_OK):
-            raise RankingError(f"--{option} {path}: cannot write into {folder}")
-    if args.checkpoint is not None and args.checkpoint.resolve() == args.out.resolve():
-        raise RankingError(f"--checkpoint {args.checkpoint}: expected another file than --out")
 
 
 def _is_ranking(path: Path) -> bool:
