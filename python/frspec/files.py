@@ -20,6 +20,15 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         return Path(path)
 
 
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether the runtime, and files that keep names, can take this one."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file beside its place, then renames it there. OSError leaves what was there.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import HubError, ModelError, first_line
-from .files import user_path
+from .files import is_utf8, user_path
 
 # Seconds to wait for the first answer of the hub: a network that swallows packets must not hang us.
 TIMEOUT_SECONDS = 10.0
@@ -45,10 +45,8 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
     if not isinstance(model, (str, os.PathLike)) or not str(model) or "\0" in str(model):
         raise ModelError(f"expected the path of a folder or a hub id, found {model!r:.60}")
     path = user_path(model)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ModelError(f"expected a path in UTF-8, found {str(path)!r:.80}") from None
+    if not is_utf8(path):
+        raise ModelError(f"expected a path in UTF-8, found {str(path)!r:.80}")
     try:
         is_folder = path.is_dir()
     except OSError as error:

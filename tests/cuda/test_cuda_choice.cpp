@@ -39,20 +39,12 @@ DeviceMatrix random_logits(int64_t rows, int64_t vocab, bool coarse, Random& ran
   return logits;
 }
 
-void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped) {
-  CAPTURE(vocab);
-  CAPTURE(k);
-  CAPTURE(coarse);
+// columns: token ids, or empty for the identity.
+void compare_topk(DeviceMatrix& logits, int64_t k, const std::vector<int32_t>& columns) {
+  const int64_t rows = logits.rows();
+  const int64_t vocab = logits.cols();
   Stream stream;
-  Random random(static_cast<uint32_t>(vocab + k));
-  DeviceMatrix logits = random_logits(rows, vocab, coarse, random);
-  logits.row(0)[vocab / 2] = NAN;
-  if (vocab > 2 * k) std::fill_n(logits.row(rows - 1), vocab / 3, -kInfinity);
-  logits.upload();
-  std::vector<int32_t> columns(static_cast<size_t>(vocab));
-  for (size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int32_t>(3 * i + 7);
   const DeviceArray<int32_t> device_columns(columns);
-
   const auto count = static_cast<size_t>(rows * k);
   const auto chunks = static_cast<size_t>(rows * topk_chunks(vocab));
   const DeviceArray<float2> sums(chunks);
@@ -60,7 +52,7 @@ void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped
   const DeviceArray<float> logprobs(count);
   const DeviceArray<int32_t> tokens(count);
   topk_logprobs(logprobs.data(), tokens.data(), logits.tensor(),
-                mapped ? device_columns.data() : nullptr, k,
+                columns.empty() ? nullptr : device_columns.data(), k,
                 {sums.data(), sums.size(), entries.data(), entries.size()}, stream);
   const auto got_logprobs = logprobs.get(stream);
   const auto got_tokens = tokens.get(stream);
@@ -69,7 +61,7 @@ void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped
   std::vector<int32_t> want_tokens(count);
   cpu_backend(rows, vocab)
       ->topk_logprobs(want_logprobs.data(), want_tokens.data(), host_tensor(logits),
-                      mapped ? columns.data() : nullptr, k);
+                      columns.empty() ? nullptr : columns.data(), k);
   CHECK(got_tokens == want_tokens);
   double worst = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -77,6 +69,20 @@ void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped
     test::keep_worst(worst, std::fabs(double{got_logprobs[i]} - want_logprobs[i]));
   }
   CHECK(worst < 1e-4);
+}
+
+void check_topk(int64_t rows, int64_t vocab, int64_t k, bool coarse, bool mapped) {
+  CAPTURE(vocab);
+  CAPTURE(k);
+  CAPTURE(coarse);
+  Random random(static_cast<uint32_t>(vocab + k));
+  DeviceMatrix logits = random_logits(rows, vocab, coarse, random);
+  logits.row(0)[vocab / 2] = NAN;
+  if (vocab > 2 * k) std::fill_n(logits.row(rows - 1), vocab / 3, -kInfinity);
+  logits.upload();
+  std::vector<int32_t> columns(mapped ? static_cast<size_t>(vocab) : 0);
+  for (size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int32_t>(3 * i + 7);
+  compare_topk(logits, k, columns);
 }
 
 }  // namespace
@@ -95,38 +101,16 @@ TEST_CASE("topk_logprobs finds what the CPU finds") {
 
 TEST_CASE("topk_logprobs of special values finds what the CPU finds") {
   constexpr int64_t kVocab = 5000;  // more than a chunk
-  constexpr int64_t kBest = 6;
-  Stream stream;
   Random random(8);
   DeviceMatrix logits = random_logits(4, kVocab, false, random);
-  std::fill_n(logits.row(0), kVocab, NAN);
+  for (int64_t i = 0; i < kVocab; ++i) logits.row(0)[i] = i % 2 == 0 ? NAN : -kInfinity;
   std::fill_n(logits.row(1), kVocab, -kInfinity);
   logits.row(2)[4500] = kInfinity;
+  logits.row(2)[4800] = kInfinity;
   std::fill_n(logits.row(3), kVocab, NAN);
   logits.row(3)[4999] = 1.0f;
-  for (int64_t i = 1; i < kVocab; i += 2) logits.row(0)[i] = -kInfinity;  // NaN is no less
-  logits.row(2)[4800] = kInfinity;
   logits.upload();
-  const auto chunks = static_cast<size_t>(4 * topk_chunks(kVocab));
-  const DeviceArray<float2> sums(chunks);
-  const DeviceArray<uint64_t> entries(chunks * kBest);
-  const DeviceArray<float> logprobs(4 * kBest);
-  const DeviceArray<int32_t> tokens(4 * kBest);
-  topk_logprobs(logprobs.data(), tokens.data(), logits.tensor(), nullptr, kBest,
-                {sums.data(), sums.size(), entries.data(), entries.size()}, stream);
-  std::vector<float> want_logprobs(4 * kBest);
-  std::vector<int32_t> want_tokens(4 * kBest);
-  cpu_backend(4, kVocab)->topk_logprobs(want_logprobs.data(), want_tokens.data(),
-                                        host_tensor(logits), nullptr, kBest);
-  CHECK(tokens.get(stream) == want_tokens);
-  const auto got_logprobs = logprobs.get(stream);
-  for (size_t i = 0; i < got_logprobs.size(); ++i) {
-    CAPTURE(i);
-    CAPTURE(got_logprobs[i]);
-    CAPTURE(want_logprobs[i]);
-    const float error = std::fabs(got_logprobs[i] - want_logprobs[i]);
-    CHECK((got_logprobs[i] == want_logprobs[i] || error < 1e-4f));
-  }
+  compare_topk(logits, 6, {});
 }
 
 TEST_CASE("topk_logprobs refuses more than there is") {

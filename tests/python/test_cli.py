@@ -216,6 +216,7 @@ def test_paths_that_are_not_utf_8(files, tmp_path) -> None:
         ["generate", "--prompt", "w1", "--model", odd],
         ["generate", "--prompt", "w1", "--model", files.model, "--drafter", odd],
         ["info", "--model", odd],
+        ["info", "--model", files.model, "--drafter", files.drafter, "--ranking", odd],
         ["rank-tokens", "--tokenizer", files.model, "--input", odd, "--out", tmp_path / "r"],
     ):
         done = subprocess.run([*FRSPEC, *command], capture_output=True, env=environment())

@@ -133,7 +133,9 @@ def test_what_the_runtime_does_not_read_is_converted_though_it_is_safetensors(tm
     assert {code for code, _ in written.values()} == {"F32"}
     # Nor a file among others, which its folder would not load.
     save_file(model_tensors(), tmp_path / "single" / "other.safetensors")
-    out = convert(tmp_path / "single" / "model.safetensors", tmp_path / "one of two")
+    single = tmp_path / "single"
+    assert convert(single / "model.safetensors", tmp_path / "as it is") == single
+    out = convert(single / "other.safetensors", tmp_path / "one of two")
     assert out == tmp_path / "one of two"
     # Nor a tokenizer of SentencePiece, of which conversion makes a tokenizer.json.
     (tmp_path / "single" / "tokenizer.json").rename(tmp_path / "single" / "tokenizer.model")
@@ -272,8 +274,8 @@ def test_wrong_tensors_are_refused(tmp_path: Path, change, message: str) -> None
     ("config", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures: expected one of"),
-        ({"hidden_size": "32"}, "hidden_size: expected a positive integer, found '32'"),
-        ({"num_hidden_layers": None}, "num_hidden_layers: expected a positive integer"),
+        ({"hidden_size": "32"}, 'hidden_size: expected an integer .*, found the string "32"'),
+        ({"num_hidden_layers": None}, "num_hidden_layers: expected an integer, found none"),
         ({"quantization_config": {}}, "quantised weights are not supported"),
     ],
 )

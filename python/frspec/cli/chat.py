@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     if interactive:
         _enable_line_editing()
         print(_COMMANDS_HELP, file=sys.stderr)
-    code = 0  # 2 when a message that nobody types was refused
+    refused = 0 if interactive else 2  # the exit code behind an error that nobody saw
+    code = 0
     while True:
         try:
             line = input("> " if interactive else "")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         except UnicodeDecodeError:
             print("frspec: error: expected UTF-8 text", file=sys.stderr)
-            code = 0 if interactive else 2
+            code = refused
             continue
         command = line.strip()
         if command in ("/quit", "/exit"):
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             try:
                 answer = _answer(generator, messages, args)
             except RequestError as error:
-                code = 0 if interactive else 2
+                code = refused
                 messages.pop()
                 advice = "; /reset begins anew" if messages != opening else ""
                 print(f"frspec: error: {error}{advice}", file=sys.stderr)

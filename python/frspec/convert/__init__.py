@@ -70,10 +70,10 @@ def convert(
     if heads and target_folder is None and medusa.has_whole_model(checkpoint.tensors):
         note("the Medusa heads are left out: with --target they are converted, as a drafter")
         checkpoint, heads = medusa.without_heads(checkpoint), False
+    # A file among others is not what its folder would load.
+    whole = folder_or_file.is_dir() or _is_what_its_folder_loads(folder_or_file)
     as_it_is = medusa.loads_as_it_is if heads else loads_as_it_is
-    # A file among others of its folder is not what the folder would load.
-    alone = folder_or_file.is_dir() or len(list(folder_or_file.parent.glob("*.safetensors"))) == 1
-    if checkpoint is not None and word is None and alone and as_it_is(checkpoint):
+    if checkpoint is not None and word is None and whole and as_it_is(checkpoint):
         if not eagle and not heads:
             check_loads(checkpoint.folder)
         note(f"{checkpoint.folder} loads as it is: nothing to convert")
@@ -108,6 +108,15 @@ def _local(source: str | Path) -> Path:
     if any(folder.glob("*.safetensors")):
         return folder
     return resolve(source, "torch")  # weights in PyTorch's files only
+
+
+def _is_what_its_folder_loads(file: Path) -> bool:
+    from frspec.convert.weights import weights_file
+
+    try:
+        return weights_file(file.parent) == file
+    except ConversionError:  # several files, without an index
+        return False
 
 
 def _gguf_file(source: Path) -> Path | None:

@@ -47,9 +47,10 @@ def loads_as_it_is(checkpoint: Checkpoint) -> bool:
     weights = {n: t for n, t in checkpoint.tensors.items() if not ROTARY_BUFFER.fullmatch(n)}
     if has_float64(weights):
         return False
-    if not is_eagle(checkpoint.tensors) and not (folder / "tokenizer.json").is_file():
-        return not (folder / "tokenizer.model").is_file()
-    return not is_eagle(checkpoint.tensors) or all(
+    if not is_eagle(checkpoint.tensors):
+        # Of a SentencePiece file alone conversion makes a tokenizer.json.
+        return (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file()
+    return all(
         re.fullmatch(r"fc\.(weight|bias)|layers\.\d+\..*", name)
         and not ROTARY_BUFFER.fullmatch(name)
         for name in checkpoint.tensors

@@ -98,6 +98,7 @@ def convert_gguf(
     config = _config(file, architecture)
     code, torch_name = WEIGHT_DTYPES[dtype or _own_dtype(file)]
     config["torch_dtype"] = torch_name
+    check_config(config, source)  # before anything is made of its sizes
     tensors = [tensor.cast(code) for tensor in _model_tensors(file, architecture, config)]
 
     metadata = TokenizerMetadata(source, file.metadata)
@@ -109,7 +110,6 @@ def convert_gguf(
     if ends:
         generation_config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
 
-    check_config(config, source)
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with staged_folder(out, nbytes) as stage:
         write_json(stage / "config.json", config)

@@ -39,6 +39,9 @@ def convert_huggingface(
     where = checkpoint.folder / "config.json"
     config = with_classic_rope(read_config(where))
     architecture = _architecture(config, where)
+    config = {**config, "architectures": [architecture]}
+    # Before anything is made of its sizes. The weights' type is settled below.
+    check_config(with_torch_dtype(config, "float32"), where)
     shapes = model_shapes(config, where)
     found = {
         name: tensor
@@ -52,8 +55,7 @@ def convert_huggingface(
     code, torch_name = WEIGHT_DTYPES[dtype or own_dtype(tensors)]
     tensors = [tensor.cast(code) for tensor in tensors]
 
-    config = with_torch_dtype({**config, "architectures": [architecture]}, torch_name)
-    check_config(config, where)
+    config = with_torch_dtype(config, torch_name)
     notes: list[str] = []
     with staged_folder(out, sum(tensor.nbytes for tensor in tensors)) as stage:
         write_json(stage / "config.json", config)

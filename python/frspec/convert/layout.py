@@ -43,10 +43,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-# What the runtime accepts (runtime/config.cpp).
-MAX_LAYERS = 4096
-
-
 def config_count(config: dict[str, Any], key: str, where: Path, default: int | None = None) -> int:
     """The positive integer under `key`."""
     value = config.get(key)
@@ -136,10 +132,7 @@ def model_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ..
     hidden = config_count(config, "hidden_size", where)
     vocab = config_count(config, "vocab_size", where)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    layers = config_count(config, "num_hidden_layers", where)
-    if layers > MAX_LAYERS:
-        raise ConversionError(f"{where}: expected at most {MAX_LAYERS} layers, found {layers}")
-    for layer in range(layers):
+    for layer in range(config_count(config, "num_hidden_layers", where)):
         shapes.update(layer_shapes(f"model.layers.{layer}.", config, where))
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (vocab, hidden)

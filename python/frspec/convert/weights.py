@@ -39,7 +39,7 @@ class Checkpoint:
 def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in a folder, or in one file of a folder."""
     if source.is_dir():
-        folder, file = source, _weights_file(source)
+        folder, file = source, weights_file(source)
     else:
         folder, file = source.parent, source
     if not file.is_file():
@@ -107,7 +107,8 @@ def _open_file(path: Path) -> dict[str, LazyTensor]:
     return read_safetensors(path) if path.suffix == ".safetensors" else load_state_dict(path)
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
+    """The file of weights, or the index of several, that the folder is loaded from."""
     for name in _FOLDER_FILES:
         if (folder / name).is_file():
             return folder / name

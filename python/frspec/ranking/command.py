@@ -24,6 +24,7 @@ from rich.table import Table
 
 from ..console import write_line
 from ..errors import RankingError
+from ..files import is_utf8
 from ..hub import resolve
 from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint
@@ -168,10 +169,8 @@ def _check_names(args: argparse.Namespace) -> None:
     """The file keeps names in UTF-8."""
     paths = [args.out, args.import_pt or "", *(args.input or []), *(args.merge or [])]
     for name in (args.corpus or "", *map(str, paths)):
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise RankingError(f"expected names in UTF-8, found {name!r:.80}") from None
+        if not is_utf8(name):
+            raise RankingError(f"expected names in UTF-8, found {name!r:.80}")
 
 
 def _check_places(args: argparse.Namespace) -> None:

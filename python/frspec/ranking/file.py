@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import RankingError
-from ..files import write_whole
+from ..files import is_utf8, write_whole
 
 FORMAT = "frspec-ranking"
 VERSION = "1"
@@ -78,6 +78,8 @@ class Ranking:
     def load(cls, path: str | Path) -> Ranking:
         """Reads and validates a ranking file; RankingError names what is wrong with it."""
         path = os.fspath(path)
+        if not is_utf8(path):
+            raise RankingError(f"expected a path in UTF-8, found {path!r:.80}")
         if os.path.isdir(path):
             raise RankingError(f"{path}: expected a ranking file, found a folder")
         if not os.path.isfile(path):
