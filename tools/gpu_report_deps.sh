@@ -58,7 +58,7 @@ wheels() {
 }
 
 part_python() {
-  wheels nanobind typing_extensions numpy safetensors tokenizers jinja2 markupsafe rich ijson \
+  wheels nanobind typing_extensions numpy safetensors tokenizers jinja2 markupsafe rich \
     markdown-it-py mdurl pygments gguf
 }
 part_toolkit() {

@@ -37,59 +37,6 @@ def json_lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-# ---------------------------------------------------------------------------- arrays
-
-
-@pytest.mark.parametrize("compression", ["", *COMPRESS])
-@pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
-def test_one_array_is_its_elements(folder, tmp_path, monkeypatch, compression, chunk_bytes):
-    monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
-    kinds = [RECORDS[kind] for kind in ("sharegpt", "messages", "text")]
-    data = ("\n " + json.dumps(sum(kinds, []), indent=2) + "\n").encode()
-    path = tmp_path / f"c.json{compression}"
-    path.write_bytes(COMPRESS[compression](data) if compression else data)
-    check_counts(rank(folder, "--input", path), TEXTS * 3)
-    assert sum(c.bytes_read for c in read_chunks([path], None)) == path.stat().st_size
-
-
-def test_array_goes_on_behind_any_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunk, "CHUNK_BYTES", 64)
-    path = tmp_path / "c.json"
-    path.write_text(json.dumps(RECORDS["text"] * 5))
-    chunks = list(read_chunks([path], None))
-    assert len(chunks) > 5
-    for number, before in enumerate(chunks[:-1], 1):
-        rest = list(read_chunks([path], None, before.after))
-        assert [(c.first, c.content) for c in rest] == [
-            (c.first, c.content) for c in chunks[number:]
-        ]
-
-
-@pytest.mark.parametrize(
-    ("data", "records", "reason"),
-    [
-        (b"[%s, 7, %s]", 2, "2: expected an object with conversations, messages or text, found a"),
-        (b"[%s, %s", 2, "3: not JSON from here on: parse error: premature EOF"),
-        (b"[%s, %s] x", 2, "3: not JSON from here on: parse error: trailing garbage"),
-        (
-            b'[%s, {"text": "\xff"}, %s]',
-            1,
-            "2: not JSON from here on: lexical error: invalid bytes",
-        ),
-        (b"[%s, " + b"[" * 50_000 + b"]" * 50_000 + b", %s]", 2, "2: JSON nested too deeply"),
-    ],
-    ids=["number", "cut", "garbage", "utf8", "nested"],
-)
-def test_broken_elements_of_an_array(folder, tmp_path, capsys, data, records, reason):
-    element = json.dumps(RECORDS["text"][0]).encode()
-    path = tmp_path / "c.json"
-    path.write_bytes(data.replace(b"%s", element))
-    check_counts(rank(folder, "--input", path), TEXTS[:1] * records)
-    assert f"skipped 1 broken record; the first at {path}:{reason}" in capsys.readouterr().err
-    with pytest.raises(RankingError, match=f"{path}:{reason}"):
-        rank(folder, "--input", path, "--strict")
-
-
 # ---------------------------------------------------------------------------- compressed
 
 

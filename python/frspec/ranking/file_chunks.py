@@ -1,19 +1,15 @@
-"""Chunks of JSON lines, of a JSON array, and of plain text."""
+"""Chunks of JSON lines and of plain text."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import ijson
 
 from . import chunk
 from .chunk import Chunk, LineChunk, TextChunk
 from .compressed import InputFile
-from .records import Broken, reason
+from .records import Broken
 
 # Plain text is cut into pieces of at most this size, at line ends where there are any: many pieces
 # keep all cores of the tokenizer busy, and few cuts keep its tokens as in the whole text.
@@ -51,60 +47,6 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 broken=broken,
             )
         yield from _damage(path, file, LineChunk, b"")
-
-
-def is_array(path: Path) -> bool:
-    """Whether a file of JSON is one array, as ShareGPT is published."""
-    with InputFile(path) as file:
-        while block := file.read(chunk.CHUNK_BYTES).lstrip():
-            return block.startswith(b"[")
-    return False
-
-
-def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
-    """Chunks of a JSON array, a record in each element. at: {"record": elements} before the first
-    one."""
-    record = (at or {"record": 0})["record"]
-    with InputFile(path) as file:
-        elements = islice(ijson.items(file, "item", use_float=True), record, None)
-        ended = False
-        while not ended:
-            broken = Broken()
-            lines, size, first = [], 0, record + 1
-            while size < chunk.CHUNK_BYTES and not ended:
-                try:
-                    element = next(elements)
-                    record += 1
-                    lines.append(json.dumps(element).encode() + b"\n")
-                except StopIteration:
-                    ended = True
-                except RecursionError as error:
-                    lines.append(b"\n")
-                    broken.add_record(str(path), record, reason(error))
-                except ijson.JSONError as error:
-                    ended = True
-                    if not file.damage:
-                        found = f"not JSON from here on: {_first_line(error)}"
-                        broken.add_record(str(path), record + 1, found)
-                size += len(lines[-1]) if lines else 0
-            if lines or broken:
-                yield LineChunk(
-                    where=str(path),
-                    content=b"".join(lines),
-                    first=first,
-                    at=None if ended else {"record": record},
-                    bytes_read=file.bytes_read(),
-                    broken=broken,
-                )
-        yield from _damage(path, file, LineChunk, b"")
-
-
-def _first_line(error: ijson.JSONError) -> str:
-    """What the parser found; the lines behind it quote the file."""
-    found = error.args[0]
-    if isinstance(found, bytes):
-        found = found.decode("utf-8", "replace")
-    return found.splitlines()[0]
 
 
 def text_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
