@@ -36,7 +36,7 @@ class Checkpoint {
   void release(const HostTensor& tensor, size_t bytes);
 
   // ModelError for a tensor whose name begins with `prefix` that was not asked for: the model is
-  // another one than its configuration says. `described`: what does the saying, for the message.
+  // another one than its configuration says. `described`: what it is not part of, for the message.
   void check_all_used(const std::string& prefix, const std::string& described) const;
 
   // A view: 2-D [rows, cols] as it is, 1-D [n] as [1, n]. ModelError for other ranks.

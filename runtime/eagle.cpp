@@ -63,6 +63,11 @@ void Eagle::layout(Backend& backend, Arena& arena, const Llama& target, int64_t 
   if (reader.contains("embed_tokens.weight")) {
     embedding_ = reader.linear({{"embed_tokens", config_.vocab_size}}, hidden, false);
   }
+  if (checkpoint_ != nullptr) {
+    checkpoint_->check_all_used(
+        "", concat("an EAGLE v1 or v2 drafter of num_hidden_layers ", config_.num_layers,
+                   ", the first without an input norm"));
+  }
 
   head_ = target.head;
   column_tokens_ = nullptr;

@@ -221,6 +221,18 @@ def test_layers_that_the_config_does_not_have(refused, broken) -> None:
     refused("generate", "--model", broken, *PROMPT, expect=expect)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "input_norm1.weight"],
+)
+def test_tensors_that_the_drafter_does_not_have(refused, files, tmp_path, name) -> None:
+    drafter = tmp_path / "drafter"
+    shutil.copytree(files.drafter, drafter)
+    rewrite_tensors(drafter, lambda tensors: tensors.setdefault(name, np.ones(8, "float32")))
+    expect = (f'"{name}"', "is no part of an EAGLE v1 or v2 drafter of num_hidden_layers 1")
+    refused("generate", "--model", files.model, "--drafter", drafter, *PROMPT, expect=expect)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_norm_that_is_no_number(refused, broken, value) -> None:
     rewrite_tensors(broken, lambda tensors: tensors["model.norm.weight"].__setitem__(3, value))
