@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from .console import accept_length, write_json, write_stream, write_summary, write_table
 from .demo_model import DRAFTER, MEGABYTES, PACKAGE, RANKING, VERSION, demo_model
 from .errors import MemoryPlanError, RequestError
-from .generator import Generator, Method, Result
+from .evaluation.methods import PLAIN, Configuration
+from .generator import Generator, Result
 from .options import add_tree_options, draft_tree
 
 PROMPTS = (
@@ -37,20 +38,11 @@ examples:
 """
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """One row of the table. vocab_size: tokens that the drafter scores; None: all of them."""
-
-    name: str
-    method: Method
-    vocab_size: int | None = None
-
-
 CONFIGURATIONS = (
-    Configuration("plain", "plain"),
-    Configuration("EAGLE-2", "eagle2"),
-    Configuration("EAGLE-2 + FR-Spec", "eagle2", 16384),
-    Configuration("EAGLE-2 + FR-Spec", "eagle2", 8192),
+    Configuration(PLAIN),
+    Configuration("eagle2"),
+    Configuration("eagle2", 16384),
+    Configuration("eagle2", 8192),
 )
 _LIVE = CONFIGURATIONS[2]
 
@@ -60,7 +52,7 @@ class Row:
     """What was measured of a configuration, over all prompts."""
 
     name: str
-    method: Method
+    method: str
     vocab_size: int
     tokens: int
     tokens_per_s: float
@@ -152,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     differing = [row for row in rows if row.identical != len(prompts)]
     for row in differing:
         print(
-            f"frspec: {row.name} over {row.vocab_size} tokens wrote another text than plain"
+            f"frspec: {row.name} wrote another text than plain"
             f" decoding for {len(prompts) - row.identical} of {len(prompts)} prompts",
             file=sys.stderr,
         )
@@ -217,7 +209,7 @@ def _measure(
         for turn, prompt in enumerate(prompts):
             first = turn % len(CONFIGURATIONS)
             for each in (*CONFIGURATIONS[first:], *CONFIGURATIONS[:first]):
-                progress.update(task, description=each.name)
+                progress.update(task, description=each.label)
                 # Nothing here keeps a generator that the pool has let go of.
                 result = pool.get(each.vocab_size).generate(
                     _message(prompt), method=each.method, **request
@@ -239,7 +231,7 @@ def _rows(results: dict[Configuration, list[Result]]) -> list[Row]:
         pairs = zip(own, plain, strict=True)
         rows.append(
             Row(
-                name=each.name,
+                name=each.label,
                 method=each.method,
                 vocab_size=each.vocab_size or 0,
                 tokens=sum(len(result.token_ids) for result in own),
@@ -256,7 +248,7 @@ def _rows(results: dict[Configuration, list[Result]]) -> list[Row]:
 def _print_rows(rows: Sequence[Row], prompts: Sequence[str], args: argparse.Namespace) -> None:
     cells = []
     for row in rows:
-        plain = row.method == "plain"
+        plain = row.method == PLAIN
         same = "all" if row.identical == len(prompts) else f"{row.identical} of {len(prompts)}"
         cells.append(
             [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -41,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def inputs(tmp_path, monkeypatch) -> list[object]:
-    """A corpus of every kind, in small chunks; its texts are TEXTS, 6 * REPEATS times."""
+    """A corpus of every kind, in small chunks; its texts are TEXTS, 7 * REPEATS times."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 500)
     monkeypatch.setattr(file_chunks, "TEXT_PIECE_BYTES", 100)
     monkeypatch.setattr(table_chunks, "BATCH_ROWS", 7)
@@ -56,8 +57,14 @@ def inputs(tmp_path, monkeypatch) -> list[object]:
         write_damaged(tmp_path / "c.jsonl.gz", cut),
         write_compressed(tmp_path / "c.txt.zst", text),
         write_parquet(tmp_path / "c.parquet", records),
+        write_array(tmp_path / "c.json", records),
         "hf://some/name",
     ]
+
+
+def write_array(path: Path, records: list[object]) -> Path:
+    path.write_text(json.dumps(records, indent=1))
+    return path
 
 
 def write_damaged(path: Path, data: bytes) -> Path:
@@ -81,7 +88,7 @@ def same_rankings(first: Ranking, second: Ranking) -> None:
 
 
 def test_processes_count_the_same(folder, inputs, capsys):
-    check_counts(rank(folder, "--input", *inputs, "--processes", 3), TEXTS * 6 * REPEATS)
+    check_counts(rank(folder, "--input", *inputs, "--processes", 3), TEXTS * 7 * REPEATS)
     assert REPORT in capsys.readouterr().err
     for limit in (1, 1000, 2001):
         alone = rank(folder, "--input", *inputs, "--max-tokens", limit)
@@ -119,7 +126,7 @@ def kill_workers_after_thirty_chunks(monkeypatch) -> None:
 
 def test_what_dead_workers_had_is_counted_by_others(folder, inputs, monkeypatch, capsys):
     kill_workers_after_thirty_chunks(monkeypatch)
-    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
+    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 7 * REPEATS)
     assert capsys.readouterr().err.count("2 new ones count what it had") == 1
 
 
@@ -137,7 +144,7 @@ def test_workers_that_die_again_and_again_end_the_run(folder, inputs, tmp_path, 
         with pytest.raises(RankingError, match="3 times at the same place"):
             rank(folder, *options)
     assert not (tmp_path / "ranking.safetensors").exists()
-    check_counts(rank(folder, *options), TEXTS * 6 * REPEATS)
+    check_counts(rank(folder, *options), TEXTS * 7 * REPEATS)
 
 
 def test_workers_that_cannot_be_started_count_as_dead(folder, inputs, monkeypatch, capsys):
@@ -150,7 +157,7 @@ def test_workers_that_cannot_be_started_count_as_dead(folder, inputs, monkeypatc
         return submit(executor, *work)
 
     monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", failing)
-    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 6 * REPEATS)
+    check_counts(rank(folder, "--input", *inputs, "--processes", 2), TEXTS * 7 * REPEATS)
     assert capsys.readouterr().err.count("2 new ones count what it had") == 2
 
 
@@ -181,7 +188,7 @@ def test_run_goes_on_behind_any_chunk(folder, inputs, tmp_path, monkeypatch, cap
             if len(counted) > 2:
                 assert f"{path}: going on behind {counted[-2]:,} tokens" in report
     assert counted == sorted(set(counted)) and len(counted) > 10
-    check_counts(ranking, TEXTS * 6 * REPEATS)
+    check_counts(ranking, TEXTS * 7 * REPEATS)
     assert REPORT in capsys.readouterr().err
     assert not path.exists()
 

@@ -216,7 +216,7 @@ def test_strict_stops_at_the_first_broken_line(folder, tmp_path, line, reason):
 def test_endless_line_is_skipped_in_bounded_memory(
     folder, tmp_path, monkeypatch, capsys, chunk_bytes, length, after
 ):
-    monkeypatch.setattr(chunk, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(chunk, "MAX_RECORD_BYTES", 64)
     monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
     long = {"text": "x" * length}
     path = write_lines(tmp_path / "c.jsonl", [RECORDS["text"][0], long])
@@ -228,8 +228,8 @@ def test_endless_line_is_skipped_in_bounded_memory(
     check_counts(rank(folder, "--input", path), TEXTS[: 1 + after])
     report = capsys.readouterr().err
     records = "2 broken records" if after else "1 broken record"
-    assert f"skipped {records}; the first at {path}:2: line longer" in report
-    with pytest.raises(RankingError, match=f"{path}:2: line longer than 64 bytes"):
+    assert f"skipped {records}; the first at {path}:2: longer" in report
+    with pytest.raises(RankingError, match=f"{path}:2: longer than 64 bytes"):
         rank(folder, "--input", path, "--strict")
     if chunk_bytes < 100:
         pieces = read_chunks([path], None)

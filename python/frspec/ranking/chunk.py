@@ -15,8 +15,8 @@ from .records import Broken, Record, read_record, reason
 # Bytes of a chunk, about: a second of a tokenizer's work at most, and its encodings (about 100
 # bytes a token) stay small.
 CHUNK_BYTES = 1 << 20
-# Longest line of a JSON lines file; a longer one counts as broken.
-MAX_LINE_BYTES = 64 << 20
+# Longest record of a JSON file; a longer one counts as broken.
+MAX_RECORD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,17 @@ class LineChunk(Chunk):
         return lines if lines[-1] else lines[:-1]
 
     def _record(self, value: bytes, field: str | None) -> Record:
-        if len(value) >= MAX_LINE_BYTES:
-            raise ValueError(f"line longer than {MAX_LINE_BYTES} bytes")
-        if not value or value.isspace():
-            return Record([])
-        return read_record(json.loads(value), field)
+        return Record([]) if not value or value.isspace() else _read_json(value, field)
+
+
+class ElementChunk(Chunk):
+    """content: a list of bytes, an element of a JSON array each."""
+
+    def _values(self) -> list[bytes]:
+        return self.content
+
+    def _record(self, value: bytes, field: str | None) -> Record:
+        return _read_json(value, field)
 
 
 class TextChunk(Chunk):
@@ -100,3 +106,13 @@ class TableChunk(Chunk):
 
     def _values(self) -> list[dict[str, Any]]:
         return self.content.to_pylist()
+
+
+def too_long() -> str:
+    return f"longer than {MAX_RECORD_BYTES} bytes"
+
+
+def _read_json(value: bytes, field: str | None) -> Record:
+    if len(value) >= MAX_RECORD_BYTES:
+        raise ValueError(too_long())
+    return read_record(json.loads(value), field)

@@ -68,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         nargs="+",
         metavar="INPUT",
-        help="corpus, by name: .jsonl/.json (one object a line: ShareGPT conversations, messages"
-        " or text), .parquet (the same as columns), any other is plain text; .gz or .zst behind"
-        " it is decompressed. hf://owner/name[@revision][:config][/split] streams a data set of"
-        " the hub (split train by default)",
+        help="corpus, by name: .jsonl/.json (one object a line, or .json one array: ShareGPT"
+        " conversations, messages or text), .parquet (the same as columns), any other is plain"
+        " text; .gz or .zst behind it is decompressed. hf://owner/name[@revision][:config][/split]"
+        " streams a data set of the hub (split train by default)",
     )
     source.add_argument(
         "--merge",

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RankingError
 from .chunk import Chunk, Position
 from .compressed import SUFFIXES, check_decompressor
-from .file_chunks import line_chunks, text_chunks
+from .file_chunks import array_chunks, is_array, line_chunks, text_chunks
 from .table_chunks import (
     HUB_PREFIX,
     HubDataset,
@@ -90,6 +90,8 @@ def _chunks(source: Source, field: str | None, at: dict[str, Any] | None) -> Ite
     form = _format(source)
     if form == ".parquet":
         return parquet_chunks(source, field, at)
+    if form == ".json" and is_array(source):
+        return array_chunks(source, at)
     return line_chunks(source, at) if form in _LINE_SUFFIXES else text_chunks(source, at)
 
 

@@ -1,19 +1,26 @@
-"""Chunks of JSON lines and of plain text."""
+"""Chunks of JSON lines, of a JSON array, and of plain text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import chunk
-from .chunk import Chunk, LineChunk, TextChunk
+from .chunk import Chunk, ElementChunk, LineChunk, TextChunk
 from .compressed import InputFile
 from .records import Broken
 
 # Plain text is cut into pieces of at most this size, at line ends where there are any: many pieces
 # keep all cores of the tokenizer busy, and few cuts keep its tokens as in the whole text.
 TEXT_PIECE_BYTES = 64 << 10
+
+_JSON_BLANKS = b" \t\n\r"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# What an array is cut by: within a string only its end, and what escapes one.
+_MARK = re.compile(rb'["\[\]{},]')
+_STRING_MARK = re.compile(rb'["\\]')
 
 
 def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
@@ -24,7 +31,7 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
         while block := file.read(chunk.CHUNK_BYTES):
             broken = Broken()
             if not block.endswith(b"\n"):
-                block += file.readline(chunk.MAX_LINE_BYTES)
+                block += file.readline(chunk.MAX_RECORD_BYTES)
             size, first = len(block), lines + 1
             lines += block.count(b"\n")
             if not block.endswith(b"\n"):
@@ -32,11 +39,9 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 last = block.rfind(b"\n") + 1
                 if file.damage:
                     block = block[:last]  # half a line is no record
-                elif rest or size - last >= chunk.MAX_LINE_BYTES:
+                elif rest or size - last >= chunk.MAX_RECORD_BYTES:
                     block, size, lines = block[:last], size + rest, lines + 1
-                    broken.add_record(
-                        f"{path}", lines, f"line longer than {chunk.MAX_LINE_BYTES} bytes"
-                    )
+                    broken.add_record(str(path), lines, chunk.too_long())
             offset += size
             yield LineChunk(
                 where=str(path),
@@ -47,6 +52,54 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 broken=broken,
             )
         yield from _damage(path, file, LineChunk, b"")
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file is one JSON array, as ShareGPT is published."""
+    with InputFile(path) as file:
+        return _read_bracket(file) > 0
+
+
+def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
+    """Chunks of a JSON array, a record in each element. at: {"offset": bytes, "element": elements}
+    before the first one; behind the last one it is the closing bracket, so that reading which goes
+    on there finds what is wrong behind it, too."""
+    offset, elements = (at["offset"], at["element"]) if at else (0, 0)
+    cutter, element, rest = _ArrayCutter(), bytearray(), b""
+    with InputFile(path, offset) as file:
+        if not at:
+            offset = _read_bracket(file)
+        position = offset  # of a block
+        while not rest and (block := file.read(chunk.CHUNK_BYTES)):
+            content, first, start = [], elements + 1, 0
+            for end in cutter.ends(block):
+                _append(element, block[start:end])
+                if element or not cutter.ended:
+                    content.append(bytes(element))
+                    elements += 1
+                element.clear()
+                offset = position + end + (not cutter.ended)
+                start = end + 1
+            if cutter.ended:
+                rest = block[start:].strip(_JSON_BLANKS)
+            else:
+                _append(element, block[start:])
+            position += len(block)
+            yield ElementChunk(
+                where=str(path),
+                content=content,
+                first=first,
+                at={"offset": offset, "element": elements},
+                bytes_read=file.bytes_read(),
+            )
+        broken = Broken()
+        if rest:
+            found = "expected the end of the file behind its array, found more"
+            broken.add_record(str(path), elements + 1, found)
+        elif not cutter.ended and not file.damage:  # half an element is no record
+            found = "expected ] at the end of the array, found the end of the file"
+            broken.add_record(str(path), elements + 1, found)
+        yield from _damage(path, file, ElementChunk, [], broken)
 
 
 def text_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
@@ -74,10 +127,60 @@ def text_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
         yield from _damage(path, file, TextChunk, [])
 
 
+def _read_bracket(file: InputFile) -> int:
+    """Reads the bracket that begins an array, and what stands before it; returns how many bytes, 0
+    where the file begins otherwise."""
+    size = 0
+    while (byte := file.read(1)) and byte in _JSON_BLANKS + _BYTE_ORDER_MARK:
+        size += 1
+    return size + 1 if byte == b"[" else 0
+
+
+class _ArrayCutter:
+    """Finds the ends of a JSON array's elements in bytes that come block by block: counts brackets
+    and knows strings. Whether an element is JSON, its parser says."""
+
+    def __init__(self):
+        self.ended = False  # the array's closing bracket was found
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False  # a string's next character is none of its end
+
+    def ends(self, block: bytes) -> Iterator[int]:
+        """Where in the next block an element ends: the commas, and the array's closing bracket."""
+        at = 0
+        if self._escaped and block:
+            at, self._escaped = 1, False
+        while not self.ended and (
+            match := (_STRING_MARK if self._in_string else _MARK).search(block, at)
+        ):
+            mark, at = match[0], match.end()
+            if mark == b'"':
+                self._in_string = not self._in_string
+            elif mark == b"\\":
+                self._escaped = at == len(block)
+                at += 1
+            elif mark in (b"[", b"{"):
+                self._depth += 1
+            elif self._depth == 0:
+                self.ended = mark == b"]"
+                if mark != b"}":  # of a broken element
+                    yield at - 1
+            elif mark != b",":
+                self._depth -= 1
+
+
+def _append(element: bytearray, data: bytes) -> None:
+    """Holds no more of an element than tells that it is too long, and no blanks before it."""
+    if not element:
+        data = data.lstrip(_JSON_BLANKS)
+    element += data[: chunk.MAX_RECORD_BYTES - len(element)]
+
+
 def _skip_line(file: InputFile) -> int:
     """Reads to the end of a line; returns how many bytes."""
     size = 0
-    while rest := file.readline(chunk.MAX_LINE_BYTES):
+    while rest := file.readline(chunk.MAX_RECORD_BYTES):
         size += len(rest)
         if rest.endswith(b"\n"):
             break
@@ -99,8 +202,12 @@ def _cut(data: bytes, start: int) -> int:
     return limit
 
 
-def _damage(path: Path, file: InputFile, kind: type[Chunk], content: Any) -> Iterator[Chunk]:
+def _damage(
+    path: Path, file: InputFile, kind: type[Chunk], content: Any, broken: Broken | None = None
+) -> Iterator[Chunk]:
+    """The chunk that says what is wrong at the end of a file, if anything is."""
+    broken = broken or Broken()
     if file.damage:
-        broken = Broken()
         broken.add_archive(str(path), file.damage)
+    if broken:
         yield kind(where=str(path), content=content, at=None, broken=broken)

@@ -93,7 +93,9 @@ def reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
+        line = f"line {error.lineno} " if error.lineno > 1 else ""  # of an array's element
+        what = error.msg.removesuffix(" at")
+        return f"not JSON: {what} at {line}column {error.colno}"
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
     return " ".join(str(error).split()) or type(error).__name__
