@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strict",
         action="store_true",
-        help="stop at the first broken line or archive instead of counting what can be read",
+        help="stop at the first broken record or archive instead of counting what can be read",
     )
 
 
