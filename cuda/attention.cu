@@ -165,12 +165,11 @@ __device__ __forceinline__ void store_part_of_tiles(const AttentionParams& p, in
 // The rows' own positions. A job is a row with up to 16 query heads of a key/value head, the work
 // of one warp; a block has as many as its shared memory holds positions for.
 template <typename T, int kDim, int kStages>
-__device__ __forceinline__ void attend_own(const AttentionParams& p, int block, T* queries, T* keys,
-                                           T* values, int* slots) {
+__device__ __forceinline__ void attend_own(const AttentionParams& p, int block, int kv_head,
+                                           T* queries, T* keys, T* values, int* slots) {
   constexpr int kKeys = kTileKeys<kDim>;
   static_assert(kMaxTail % kKeys == 0);
   constexpr int kJobs = kOwnJobs<kDim, kStages>;
-  const int kv_head = blockIdx.y;
   const int warp = threadIdx.x / kWarp;
   const int first_job = block * kJobs;
   const int jobs = min(p.n * p.head_blocks - first_job, kJobs);
@@ -225,8 +224,10 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
 // allows at 64 and 128; left to itself, the compiler may spill for one more.
 constexpr int kAttendBlocks = 2;
 
-// grid: (ranges times blocks of queries, then blocks of attend_own; K). Query i of a key/value head
-// is head i % group of row i / group.
+// grid: (ranges times blocks of queries, then blocks of attend_own) times K, key/value heads
+// innermost. Blocks start in this order, those that take the longest first: all heads' ranges come
+// before any own positions, and of a prompt the last rows, which see the most. Query i of a
+// key/value head is head i % group of row i / group.
 template <typename T, int kDim, Division kDivision>
 __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const AttentionParams p) {
   constexpr bool kPrompt = kDivision == Division::kPrompt;
@@ -238,22 +239,24 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
   T* values = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   dependency_launch();
   dependency_wait();
+  const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads;
+  const int block = static_cast<int>(blockIdx.x) / p.kv_heads;
   if constexpr (!kPrompt) {
     const int range_blocks = p.ranges * p.query_blocks;
-    if (static_cast<int>(blockIdx.x) >= range_blocks) {
+    if (block >= range_blocks) {
       // Fewer jobs than warps leave half of the queries' place.
       int* slots = kOwnJobs<kDim, kStages> == kWarps
                        ? carver.take<int>(kOwnSlots)
                        : reinterpret_cast<int*>(queries + kBlockQueries / 2 * kPitch<kDim>);
-      attend_own<T, kDim, kStages>(p, blockIdx.x - range_blocks, queries, keys, values, slots);
+      attend_own<T, kDim, kStages>(p, block - range_blocks, kv_head, queries, keys, values, slots);
       return;
     }
   }
 
-  const int kv_head = blockIdx.y;
   const int query_count = p.n * p.group;
-  const int range = blockIdx.x / p.query_blocks;
-  const int first_query = blockIdx.x % p.query_blocks * kQueries<kDivision>;
+  const int range = block / p.query_blocks;
+  const int query_block = kPrompt ? p.query_blocks - 1 - block : block % p.query_blocks;
+  const int first_query = query_block * kQueries<kDivision>;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int warp_query = first_query + (kDivision == Division::kKeys ? 0 : warp * 16);
@@ -353,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
 }
 
 template <typename T, int kDim, Division kDivision>
-void launch_attend(AttentionParams p, int64_t kv_heads, cudaStream_t stream) {
+void launch_attend(AttentionParams p, cudaStream_t stream) {
   constexpr size_t kBytes = shared_bytes<T, kDim, kDivision>();
   static_assert(kDivision == Division::kKeys || kBytes <= size_t{99} << 10);
   p.query_blocks = static_cast<int>(ceil_div(int64_t{p.n} * p.group, kQueries<kDivision>));
@@ -363,43 +366,43 @@ void launch_attend(AttentionParams p, int64_t kv_heads, cudaStream_t stream) {
     blocks =
         blocks * static_cast<unsigned>(p.ranges) + ceil_div(int64_t{p.n} * p.head_blocks, kJobs);
   }
-  launch<attend_kernel<T, kDim, kDivision>>(
-      {dim3(blocks, static_cast<unsigned>(kv_heads)), dim3(kThreads), stream, kBytes}, "attention",
-      p);
+  blocks *= static_cast<unsigned>(p.kv_heads);
+  launch<attend_kernel<T, kDim, kDivision>>({dim3(blocks), dim3(kThreads), stream, kBytes},
+                                            "attention", p);
 }
 
 template <typename T, int kDim>
-void launch_attention(const AttentionParams& p, int64_t kv_heads, bool prompt,
-                      const AttentionDevice& device, cudaStream_t stream) {
-  if (prompt) return launch_attend<T, kDim, Division::kPrompt>(p, kv_heads, stream);
+void launch_attention(const AttentionParams& p, bool prompt, const AttentionDevice& device,
+                      cudaStream_t stream) {
+  if (prompt) return launch_attend<T, kDim, Division::kPrompt>(p, stream);
   bool divides_keys = false;
   if constexpr (kDividesKeys<kDim>) {
     const int64_t blocks =
-        ceil_div(int64_t{p.n} * p.group, kQueries<Division::kKeys>) * p.ranges * kv_heads;
+        ceil_div(int64_t{p.n} * p.group, kQueries<Division::kKeys>) * p.ranges * p.kv_heads;
     divides_keys = blocks <= 2 * int64_t{device.multiprocessors} &&
                    shared_bytes<T, kDim, Division::kKeys>() <= device.shared_bytes;
-    if (divides_keys) launch_attend<T, kDim, Division::kKeys>(p, kv_heads, stream);
+    if (divides_keys) launch_attend<T, kDim, Division::kKeys>(p, stream);
   }
-  if (!divides_keys) launch_attend<T, kDim, Division::kQueries>(p, kv_heads, stream);
+  if (!divides_keys) launch_attend<T, kDim, Division::kQueries>(p, stream);
   launch<merge_kernel<T, kDim>>(
       {dim3(ceil_div(int64_t{p.n} * p.query_heads, kWarps)), dim3(kThreads), stream}, "attention",
       p);
 }
 
 template <typename T>
-void launch_dim(const AttentionParams& p, int64_t kv_heads, bool prompt,
-                const AttentionDevice& device, cudaStream_t stream) {
+void launch_dim(const AttentionParams& p, bool prompt, const AttentionDevice& device,
+                cudaStream_t stream) {
   switch (padded_head_dim(p.head_dim)) {
     case 64:
-      return launch_attention<T, 64>(p, kv_heads, prompt, device, stream);
+      return launch_attention<T, 64>(p, prompt, device, stream);
     case 80:
-      return launch_attention<T, 80>(p, kv_heads, prompt, device, stream);
+      return launch_attention<T, 80>(p, prompt, device, stream);
     case 96:
-      return launch_attention<T, 96>(p, kv_heads, prompt, device, stream);
+      return launch_attention<T, 96>(p, prompt, device, stream);
     case 128:
-      return launch_attention<T, 128>(p, kv_heads, prompt, device, stream);
+      return launch_attention<T, 128>(p, prompt, device, stream);
     default:
-      return launch_attention<T, 256>(p, kv_heads, prompt, device, stream);
+      return launch_attention<T, 256>(p, prompt, device, stream);
   }
 }
 
@@ -453,6 +456,7 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
   p.ancestor_words = static_cast<int>(visible.ancestor_words);
   p.n = static_cast<int>(q.rows);
   p.query_heads = static_cast<int>(query_heads);
+  p.kv_heads = static_cast<int>(kv.heads);
   p.group = static_cast<int>(query_heads / kv.heads);
   p.head_blocks = static_cast<int>(ceil_div(p.group, 16));
   p.ranges = static_cast<int>(range_count(visible.max_length));
@@ -460,9 +464,8 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
   p.scale = kLog2E / std::sqrt(static_cast<float>(head_dim));
   p.partial_values = scratch.partial_values;
   p.partial_sums = scratch.partial_sums;
-  with_element(q.dtype, "attention", [&](auto element) {
-    launch_dim<decltype(element)>(p, kv.heads, prompt, device, stream);
-  });
+  with_element(q.dtype, "attention",
+               [&](auto element) { launch_dim<decltype(element)>(p, prompt, device, stream); });
 }
 
 }  // namespace frspec::cuda

@@ -41,6 +41,7 @@ struct AttentionParams {
   int ancestor_words;
   int n;
   int query_heads;
+  int kv_heads;
   int group;         // query heads of a key/value head
   int head_blocks;   // of 16 query heads of a group
   int query_blocks;  // of the queries of a key/value head
