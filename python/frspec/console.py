@@ -88,7 +88,8 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         pad_edge=terminal,
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and column else "left")
+        justify = "right" if index and column else "left"
+        table.add_column(column, justify=justify, no_wrap=index == 0)  # headings fold instead
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     with console.capture() as capture:
