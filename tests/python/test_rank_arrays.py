@@ -106,21 +106,53 @@ def test_array_goes_on_behind_any_chunk(tmp_path, monkeypatch, end, compression)
 @pytest.mark.parametrize(
     ("data", "records", "reason"),
     [
-        (b"[%s, 7, %s]", 2, "2: expected an object with conversations, messages or text, found a"),
-        (b"[%s,, %s]", 2, "2: not JSON: Expecting value at column 1"),
-        (b"[%s, %s,\n", 2, r"3: expected \] at the end of the array, found the end of the file"),
-        (b"[%s, %s, ", 2, r"3: expected \] at the end of the array, found the end of the file"),
-        (b'[%s, %s, {"text": "[1', 2, r"3: expected \] at the end of the array"),
-        (b"[%s, %s] x", 2, "3: expected the end of the file behind its array, found more"),
-        (b"[%s]\n[%s]", 1, "2: expected the end of the file behind its array, found more"),
-        (b'[%s, {"text": "\xff"}, %s]', 2, "2: not UTF-8 at byte 10"),
-        (b'[%s, {"text": tru}, %s]', 2, "2: not JSON: Expecting value at column 10"),
-        (b'[%s,\n{"text":\n\n x}, %s]', 2, "2: not JSON: Expecting value at line 3 column 2"),
-        (b'[%s, {"text": ]}, %s]', 2, "2: not JSON: Expecting value at column 10"),
-        (b'[%s, {"text": "\n"}, %s]', 2, "2: not JSON: Invalid control character at column 11"),
-        (b"[%s, %s}, %s]", 2, "2: not JSON: Extra data"),
-        (b"[%s, " + b"[" * 50_000 + b"]" * 50_000 + b", %s]", 2, "2: JSON nested too deeply"),
-        (b'[%s, {"text": 1' + b"0" * 5000 + b"}, %s]", 2, "2: Exceeds the limit"),
+        (
+            b"[%s, 7, %s]",
+            2,
+            "element 2: expected an object with conversations, messages or text, found a",
+        ),
+        (b"[%s,, %s]", 2, "element 2: not JSON: Expecting value at column 1"),
+        (
+            b"[%s, %s,\n",
+            2,
+            r"element 3: expected \] at the end, found none: from here on nothing is counted",
+        ),
+        (
+            b"[%s, %s, ",
+            2,
+            r"element 3: expected \] at the end, found none: from here on nothing is counted",
+        ),
+        (b'[%s, %s, {"text": "[1', 2, r"element 3: expected \] at the end, found none"),
+        (
+            b"[%s, %s] x",
+            2,
+            "element 3: expected the end of the file behind its array, found more, which",
+        ),
+        (
+            b"[%s]\n[%s]",
+            1,
+            "element 2: expected the end of the file behind its array, found more, which",
+        ),
+        (b'[%s, {"text": "\xff"}, %s]', 2, "element 2: not UTF-8 at byte 10"),
+        (b'[%s, {"text": tru}, %s]', 2, "element 2: not JSON: Expecting value at column 10"),
+        (
+            b'[%s,\n{"text":\n\n x}, %s]',
+            2,
+            "element 2: not JSON: Expecting value at line 3 column 2",
+        ),
+        (b'[%s, {"text": ]}, %s]', 2, "element 2: not JSON: Expecting value at column 10"),
+        (
+            b'[%s, {"text": "\n"}, %s]',
+            2,
+            "element 2: not JSON: Invalid control character at column 11",
+        ),
+        (b"[%s, %s}, %s]", 2, "element 2: not JSON: Extra data"),
+        (
+            b"[%s, " + b"[" * 50_000 + b"]" * 50_000 + b", %s]",
+            2,
+            "element 2: JSON nested too deeply",
+        ),
+        (b'[%s, {"text": 1' + b"0" * 5000 + b"}, %s]", 2, "element 2: Exceeds the limit"),
     ],
 )
 def test_broken_element_is_skipped_and_the_rest_is_counted(
@@ -128,8 +160,8 @@ def test_broken_element_is_skipped_and_the_rest_is_counted(
 ):
     path = write(tmp_path / "c.json", data.replace(b"%s", ELEMENT))
     check_counts(rank(folder, "--input", path), TEXTS[:1] * records)
-    assert f"skipped 1 broken record; the first at {path}:" in capsys.readouterr().err
-    with pytest.raises(RankingError, match=f"{path}:{reason}"):
+    assert f"skipped 1 broken record; the first at {path}: element " in capsys.readouterr().err
+    with pytest.raises(RankingError, match=f"{path}: {reason}"):
         rank(folder, "--input", path, "--strict")
 
 
@@ -151,7 +183,7 @@ def test_endless_element_is_skipped_in_bounded_memory(
     long = b'{"text": "%s"}' % (b"x" * length)
     path = write(tmp_path / "c.json", b"[%s, %s, 7, %s]" % (ELEMENT, long, ELEMENT))
     check_counts(rank(folder, "--input", path), TEXTS[:1] * 2)
-    report = f"skipped 2 broken records; the first at {path}:2: longer than 64 bytes"
+    report = f"skipped 2 broken records; the first at {path}: element 2: longer than 64 bytes"
     assert report in capsys.readouterr().err
     assert max(map(len, content_of(list(read_chunks([path], None))))) <= 64
 
@@ -161,6 +193,22 @@ def test_file_without_elements_has_no_text(folder, tmp_path, data):
     path = write(tmp_path / "c.json", data)
     with pytest.raises(RankingError, match="no text"):
         rank(folder, "--input", path)
+
+
+@pytest.mark.parametrize("data", [b"[", b"[%s] x", b"[%s]" + b" \n" * 200 + b"x" + b" " * 300])
+def test_all_bytes_are_read_whatever_they_say(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(chunk, "CHUNK_BYTES", 64)
+    for suffix, compress in COMPRESS.items():
+        stored = compress(data.replace(b"%s", ELEMENT))
+        path = write(tmp_path / f"c.json{suffix}", stored[: len(stored) - 4 if suffix else None])
+        chunks = list(read_chunks([path], None))
+        assert sum(c.bytes_read for c in chunks) == path.stat().st_size
+        assert [c.broken.archives for c in chunks if c.broken] == [int(bool(suffix))]
+
+
+def test_comma_behind_the_last_element_is_passed_over(folder, tmp_path):
+    path = write(tmp_path / "c.json", b"[%s, %s,\n]" % (ELEMENT, ELEMENT))
+    check_counts(rank(folder, "--input", path, "--strict"), TEXTS[:1] * 2)
 
 
 def test_lines_of_objects_stay_lines(folder, tmp_path):

@@ -49,6 +49,11 @@ class Chunk:
     def after(self) -> Position:
         return Position(self.source + 1) if self.at is None else Position(self.source, self.at)
 
+    @staticmethod
+    def place(where: str, number: int) -> str:
+        """Where a record is, for messages."""
+        return f"{where}:{number}"
+
     def records(self, field: str | None) -> tuple[list[Record], Broken]:
         """The records with a text, and what is broken."""
         records, broken = [], Broken()
@@ -56,7 +61,7 @@ class Chunk:
             try:
                 record = self._record(value, field)
             except (ValueError, RecursionError) as error:
-                broken.add_record(self.where, number, reason(error))
+                broken.add_record(self.place(self.where, number), reason(error))
                 continue
             if record.texts:
                 records.append(record)
@@ -83,6 +88,10 @@ class LineChunk(Chunk):
 
 class ElementChunk(Chunk):
     """content: a list of bytes, an element of a JSON array each."""
+
+    @staticmethod
+    def place(where: str, number: int) -> str:
+        return f"{where}: element {number}"
 
     def _values(self) -> list[bytes]:
         return self.content

@@ -34,7 +34,7 @@ class InputFile:
         else:
             self._raw, stream = None, self._file
             stream.seek(offset)
-        self.read, self.readline = stream.read, stream.readline
+        self.read, self.readline, self.peek = stream.read, stream.readline, stream.peek
         self._reported = self._file.tell()
 
     def __enter__(self) -> InputFile:

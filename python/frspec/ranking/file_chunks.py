@@ -18,9 +18,9 @@ TEXT_PIECE_BYTES = 64 << 10
 
 _JSON_BLANKS = b" \t\n\r"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# What an array is cut by: within a string only its end, and what escapes one.
+# What cuts an array, outside of strings: between its elements, and within one.
 _MARK = re.compile(rb'["\[\]{},]')
-_STRING_MARK = re.compile(rb'["\\]')
+_INNER_MARK = re.compile(rb'["\[\]{}]')
 
 
 def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
@@ -41,7 +41,7 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                     block = block[:last]  # half a line is no record
                 elif rest or size - last >= chunk.MAX_RECORD_BYTES:
                     block, size, lines = block[:last], size + rest, lines + 1
-                    broken.add_record(str(path), lines, chunk.too_long())
+                    broken.add_record(LineChunk.place(str(path), lines), chunk.too_long())
             offset += size
             yield LineChunk(
                 where=str(path),
@@ -55,22 +55,22 @@ def line_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
 
 
 def is_array(path: Path) -> bool:
-    """Whether a file is one JSON array, as ShareGPT is published."""
+    """Whether a file begins as one JSON array, as ShareGPT is published."""
     with InputFile(path) as file:
         return _read_bracket(file) > 0
 
 
 def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
-    """Chunks of a JSON array, a record in each element. at: {"offset": bytes, "element": elements}
-    before the first one; behind the last one it is the closing bracket, so that reading which goes
-    on there finds what is wrong behind it, too."""
+    """Chunks of a JSON array, a record in each element; a comma behind the last one is passed over.
+    at: {"offset": bytes, "element": elements} before the first one; behind the last one it is the
+    closing bracket, so that reading which goes on there finds what is wrong behind it, too."""
     offset, elements = (at["offset"], at["element"]) if at else (0, 0)
-    cutter, element, rest = _ArrayCutter(), bytearray(), b""
+    cutter, element, ended_well = _ArrayCutter(), bytearray(), True
     with InputFile(path, offset) as file:
         if not at:
             offset = _read_bracket(file)
         position = offset  # of a block
-        while not rest and (block := file.read(chunk.CHUNK_BYTES)):
+        while block := file.read(chunk.CHUNK_BYTES):
             content, first, start = [], elements + 1, 0
             for end in cutter.ends(block):
                 _append(element, block[start:end])
@@ -81,7 +81,7 @@ def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 offset = position + end + (not cutter.ended)
                 start = end + 1
             if cutter.ended:
-                rest = block[start:].strip(_JSON_BLANKS)
+                ended_well = ended_well and not block[start:].strip(_JSON_BLANKS)
             else:
                 _append(element, block[start:])
             position += len(block)
@@ -92,13 +92,16 @@ def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 at={"offset": offset, "element": elements},
                 bytes_read=file.bytes_read(),
             )
-        broken = Broken()
-        if rest:
-            found = "expected the end of the file behind its array, found more"
-            broken.add_record(str(path), elements + 1, found)
+        found = ""
+        if not ended_well:
+            found = (
+                "expected the end of the file behind its array, found more, which is not counted"
+            )
         elif not cutter.ended and not file.damage:  # half an element is no record
-            found = "expected ] at the end of the array, found the end of the file"
-            broken.add_record(str(path), elements + 1, found)
+            found = "expected ] at the end, found none: from here on nothing is counted"
+        broken = Broken()
+        if found:
+            broken.add_record(ElementChunk.place(str(path), elements + 1), found)
         yield from _damage(path, file, ElementChunk, [], broken)
 
 
@@ -131,9 +134,14 @@ def _read_bracket(file: InputFile) -> int:
     """Reads the bracket that begins an array, and what stands before it; returns how many bytes, 0
     where the file begins otherwise."""
     size = 0
-    while (byte := file.read(1)) and byte in _JSON_BLANKS + _BYTE_ORDER_MARK:
-        size += 1
-    return size + 1 if byte == b"[" else 0
+    if file.peek(len(_BYTE_ORDER_MARK)).startswith(_BYTE_ORDER_MARK):
+        size = len(file.read(len(_BYTE_ORDER_MARK)))
+    while seen := file.peek(1):
+        rest = seen.lstrip(_JSON_BLANKS)
+        size += len(file.read(len(seen) - len(rest)))
+        if rest:
+            break
+    return size + 1 if file.read(1) == b"[" else 0
 
 
 class _ArrayCutter:
@@ -144,30 +152,48 @@ class _ArrayCutter:
         self.ended = False  # the array's closing bracket was found
         self._depth = 0
         self._in_string = False
-        self._escaped = False  # a string's next character is none of its end
+        self._escaped = False  # the next block's first character is none of a string's end
 
     def ends(self, block: bytes) -> Iterator[int]:
         """Where in the next block an element ends: the commas, and the array's closing bracket."""
         at = 0
         if self._escaped and block:
             at, self._escaped = 1, False
-        while not self.ended and (
-            match := (_STRING_MARK if self._in_string else _MARK).search(block, at)
-        ):
+        while not self.ended:
+            if self._in_string:
+                at = self._string_end(block, at)
+                if self._in_string:
+                    return
+            match = (_INNER_MARK if self._depth else _MARK).search(block, at)
+            if not match:
+                return
             mark, at = match[0], match.end()
             if mark == b'"':
-                self._in_string = not self._in_string
-            elif mark == b"\\":
-                self._escaped = at == len(block)
-                at += 1
+                self._in_string = True
             elif mark in (b"[", b"{"):
                 self._depth += 1
-            elif self._depth == 0:
-                self.ended = mark == b"]"
-                if mark != b"}":  # of a broken element
-                    yield at - 1
-            elif mark != b",":
+            elif self._depth:
                 self._depth -= 1
+            elif mark != b"}":  # of a broken element
+                self.ended = mark == b"]"
+                yield at - 1
+
+    def _string_end(self, block: bytes, at: int) -> int:
+        """Behind the end of the string that `at` is in, or the block's end if it comes first."""
+        while True:
+            quote = block.find(b'"', at)
+            end = quote if quote >= 0 else len(block)
+            backslashes = end
+            while backslashes > at and block[backslashes - 1] == ord("\\"):
+                backslashes -= 1
+            escaped = (end - backslashes) % 2 == 1
+            if quote < 0:
+                self._escaped = escaped
+                return end
+            at = quote + 1
+            if not escaped:
+                self._in_string = False
+                return at
 
 
 def _append(element: bytearray, data: bytes) -> None:
@@ -210,4 +236,6 @@ def _damage(
     if file.damage:
         broken.add_archive(str(path), file.damage)
     if broken:
-        yield kind(where=str(path), content=content, at=None, broken=broken)
+        yield kind(
+            where=str(path), content=content, at=None, bytes_read=file.bytes_read(), broken=broken
+        )

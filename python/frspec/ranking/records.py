@@ -27,13 +27,13 @@ class Broken:
     archives: int = 0  # compressed files that end or go bad before their end
     first: str = ""
 
-    def add_record(self, where: str, number: int, reason: str) -> None:
+    def add_record(self, place: str, reason: str) -> None:
         self.records += 1
-        self.first = self.first or f"{where}:{number}: {reason}"
+        self.first = self.first or f"{place}: {reason}"
 
-    def add_archive(self, where: str, reason: str) -> None:
+    def add_archive(self, place: str, reason: str) -> None:
         self.archives += 1
-        self.first = self.first or f"{where}: {reason}"
+        self.first = self.first or f"{place}: {reason}"
 
     def __bool__(self) -> bool:
         return bool(self.first)
