@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import tokenizers
+import zstandard
 from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers
 
 from frspec.ranking import Ranking, add_arguments, run
+
+COMPRESS = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
 
 WORDS = ["<end>", "<start>", *"the cat sat on a mat and then slept . , é".split()]
 VOCAB_SIZE = len(WORDS) + 3  # the embedding is padded

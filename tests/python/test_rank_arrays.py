@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from frspec.errors import RankingError
 from frspec.ranking import chunk
 from frspec.ranking.chunk import Chunk
 from frspec.ranking.corpus import read_chunks
-from ranking_files import RECORDS, TEXTS, check_counts, rank, write_word_model
+from ranking_files import COMPRESS, RECORDS, TEXTS, check_counts, rank, write_word_model
 
-COMPRESS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstandard.ZstdCompressor().compress,
-}
+STORE = {"": bytes, **COMPRESS}
 ELEMENT = json.dumps(RECORDS["text"][0]).encode()
 # What an element may say that looks like an array's marks.
 HARD = [
@@ -52,7 +46,7 @@ def numbers_of(chunks: list[Chunk]) -> list[int]:
     return [piece.first + n for piece in chunks for n in range(len(piece.content))]
 
 
-@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("compression", STORE)
 @pytest.mark.parametrize("chunk_bytes", [64, 1 << 20])
 @pytest.mark.parametrize(
     "before", [b"", b"\xef\xbb\xbf", b" \r\n\t" * 50], ids=["", "bom", "blank"]
@@ -61,7 +55,7 @@ def test_one_array_is_its_elements(folder, tmp_path, monkeypatch, compression, c
     monkeypatch.setattr(chunk, "CHUNK_BYTES", chunk_bytes)
     records = sum((RECORDS[kind] for kind in ("sharegpt", "messages", "text")), [])
     data = before + json.dumps(records, indent=2).encode() + b"\n" * 100
-    path = write(tmp_path / f"c.json{compression}", COMPRESS[compression](data))
+    path = write(tmp_path / f"c.json{compression}", STORE[compression](data))
     check_counts(rank(folder, "--input", path, "--strict"), TEXTS * 3)
     assert sum(c.bytes_read for c in read_chunks([path], None)) == path.stat().st_size
 
@@ -81,12 +75,12 @@ def test_array_is_cut_between_its_elements_wherever_blocks_end(
 
 
 @pytest.mark.parametrize("end", [b"]", b"] x", b"", b", 7"], ids=repr)
-@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("compression", STORE)
 def test_array_goes_on_behind_any_chunk(tmp_path, monkeypatch, end, compression):
     """And finds again what is wrong at its end: a run ends there with --strict, and the next one
     begins behind the last chunk before it."""
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 64)
-    data = COMPRESS[compression](json.dumps(RECORDS["text"] * 5)[:-1].encode() + end)
+    data = STORE[compression](json.dumps(RECORDS["text"] * 5)[:-1].encode() + end)
     path = write(tmp_path / f"c.json{compression}", data + (b"no archive" if compression else b""))
     chunks = list(read_chunks([path], None))
     assert len(chunks) > 5
@@ -198,7 +192,7 @@ def test_file_without_elements_has_no_text(folder, tmp_path, data):
 @pytest.mark.parametrize("data", [b"[", b"[%s] x", b"[%s]" + b" \n" * 200 + b"x" + b" " * 300])
 def test_all_bytes_are_read_whatever_they_say(tmp_path, monkeypatch, data):
     monkeypatch.setattr(chunk, "CHUNK_BYTES", 64)
-    for suffix, compress in COMPRESS.items():
+    for suffix, compress in STORE.items():
         stored = compress(data.replace(b"%s", ELEMENT))
         path = write(tmp_path / f"c.json{suffix}", stored[: len(stored) - 4 if suffix else None])
         chunks = list(read_chunks([path], None))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-import zstandard
 
 from command_line import run_frspec
 from evaluation_files import read_json_lines, write_evaluation_files, write_json_lines
@@ -18,9 +17,15 @@ from frspec.evaluation.generate import mark_identity
 from frspec.ranking import Ranking, chunk, compressed, file_chunks, table_chunks
 from frspec.ranking.corpus import read_chunks
 from frspec.ranking.table_chunks import HubDataset
-from ranking_files import RECORDS, TEXTS, check_counts, rank, write_lines, write_word_model
-
-COMPRESS = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+from ranking_files import (
+    COMPRESS,
+    RECORDS,
+    TEXTS,
+    check_counts,
+    rank,
+    write_lines,
+    write_word_model,
+)
 
 
 @pytest.fixture

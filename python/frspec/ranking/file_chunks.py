@@ -65,7 +65,7 @@ def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
     at: {"offset": bytes, "element": elements} before the first one; behind the last one it is the
     closing bracket, so that reading which goes on there finds what is wrong behind it, too."""
     offset, elements = (at["offset"], at["element"]) if at else (0, 0)
-    cutter, element, ended_well = _ArrayCutter(), bytearray(), True
+    cutter, element, more = _ArrayCutter(), bytearray(), False
     with InputFile(path, offset) as file:
         if not at:
             offset = _read_bracket(file)
@@ -81,7 +81,7 @@ def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 offset = position + end + (not cutter.ended)
                 start = end + 1
             if cutter.ended:
-                ended_well = ended_well and not block[start:].strip(_JSON_BLANKS)
+                more = more or bool(block[start:].strip(_JSON_BLANKS))
             else:
                 _append(element, block[start:])
             position += len(block)
@@ -93,7 +93,7 @@ def array_chunks(path: Path, at: dict[str, Any] | None) -> Iterator[Chunk]:
                 bytes_read=file.bytes_read(),
             )
         found = ""
-        if not ended_well:
+        if more:
             found = (
                 "expected the end of the file behind its array, found more, which is not counted"
             )
@@ -157,7 +157,7 @@ class _ArrayCutter:
     def ends(self, block: bytes) -> Iterator[int]:
         """Where in the next block an element ends: the commas, and the array's closing bracket."""
         at = 0
-        if self._escaped and block:
+        if self._escaped:
             at, self._escaped = 1, False
         while not self.ended:
             if self._in_string:
