@@ -32,20 +32,26 @@
 namespace frspec::cuda {
 namespace {
 
-// Piece `piece` of a row of a stage; the swizzle keeps ldmatrix free of bank conflicts.
-template <typename T>
-__device__ __forceinline__ T* stage_piece(T* stage, int row, int piece) {
-  return stage + row * kDepth + ((piece ^ (row & 7)) << 3);
+// Where piece `piece` of a row of a stage is; the swizzle keeps ldmatrix free of bank conflicts.
+__device__ __forceinline__ int stage_place(int row, int piece) {
+  return row * kDepth + ((piece ^ (row & 7)) << 3);
 }
 
 // Rows of a stage that all threads of a block copy at once, a piece each.
 template <int kThreads>
 constexpr int kPassRows = kThreads / kPieces;
 
+// Passes over kRows rows each in which a thread that has the first of `rows` rows has one.
+template <int kRows>
+__device__ __forceinline__ int passes_inside(int rows) {
+  return (rows + kRows - 1) / kRows;
+}
+
 // What one thread copies of each stage of the weights: the same piece of tile rows row +
 // kPassRows * j. Of a swiglu tile every 32 rows are 16 gate rows and the 16 up rows of the same
 // outputs: passes of 16 rows alternate between the matrices, and of a pass of 32 a thread copies
-// the row of one matrix.
+// the row of one matrix. Addresses advance from stage to stage: computing them again takes more
+// instructions than all else in the loop.
 template <typename T, bool kSwiglu, int kThreads>
 struct WeightCursor {
   static constexpr int kRows = kPassRows<kThreads>;
@@ -53,63 +59,80 @@ struct WeightCursor {
   static constexpr bool kAlternates = kSwiglu && kRows == 16;
   static constexpr int kMatrixRows = kSwiglu ? 16 : kRows;  // of a pass, of one matrix
   static_assert(kRows == 16 || kRows == 32, "the rows of a thread are of one matrix in each pass");
-  const T* from;  // the thread's first row, at its piece of k = 0
+  const T* from;  // the thread's first row, at its piece of the next stage
   const T* up;    // passes alternate: the same of the other matrix
-  int64_t step;   // to the row of the next pass
-  int row;
-  int piece;
-  unsigned inside;  // bit j: row + kPassRows * j is a row of the matrix
+  int64_t step;   // to the row of the next pass of the matrix
+  int passes;     // that have a row of the matrix
+  int left;       // k from the piece to the end of the part
+  int place;      // of the first row's piece in a stage
 
-  __device__ __forceinline__ WeightCursor(const LinearParams& p, int tile)
-      : step(int64_t{kMatrixRows} * p.in_features),
-        row(threadIdx.x / kPieces),
-        piece(threadIdx.x % kPieces),
-        inside(0) {
+  __device__ __forceinline__ WeightCursor(const LinearParams& p, int tile, int k_begin, int k_end)
+      : step(int64_t{kMatrixRows} * p.in_features) {
+    const int row = threadIdx.x / kPieces;
+    const int piece = threadIdx.x % kPieces;
     const int first = tile * kTileOutputs<kSwiglu> + row % kMatrixRows;
-    const int64_t at = static_cast<int64_t>(first) * p.in_features + piece * 8;
+    const int64_t at = static_cast<int64_t>(first) * p.in_features + k_begin + piece * 8;
     from = static_cast<const T*>(kSwiglu && row >= kMatrixRows ? p.up : p.w) + at;
     up = kAlternates ? static_cast<const T*>(p.up) + at : nullptr;
-#pragma unroll
-    for (int j = 0; j < kPasses; ++j) {
-      if (first + matrix_pass(j) * kMatrixRows < p.out_features) inside |= 1u << j;
-    }
+    passes = passes_inside<kMatrixRows>(p.out_features - first);
+    left = k_end - k_begin - piece * 8;
+    place = stage_place(row, piece);
   }
 
-  // Pass j of the tile is this pass of its matrix.
-  static __device__ __forceinline__ int matrix_pass(int j) { return kAlternates ? j / 2 : j; }
-
-  __device__ __forceinline__ const T* address(int j, int k) const {
-    return (kAlternates && j % 2 == 1 ? up : from) + matrix_pass(j) * step + k;
-  }
-
-  __device__ __forceinline__ void load(T* stage, const LinearParams& p, int k, int k_end) const {
-    T* to = stage_piece(stage, row, piece);
-    const bool inside_k = k + piece * 8 < k_end;
+  // What is not inside becomes zeros, and is not read.
+  __device__ __forceinline__ void load_next(T* stage) {
+    T* const to = stage + place;
+    const int copied = left > 0 ? passes : 0;
+    const T* row = from;
+    const T* up_row = up;
 #pragma unroll
     for (int j = 0; j < kPasses; ++j) {
-      const bool copies = inside_k && (inside >> j & 1) != 0;
-      copy_async_16(to + j * kRows * kDepth, copies ? address(j, k) : p.w, copies ? 16 : 0);
+      const bool of_up = kAlternates && j % 2 == 1;
+      const int matrix_pass = kAlternates ? j / 2 : j;
+      copy_async_16(to + j * kRows * kDepth, of_up ? up_row : row, matrix_pass < copied ? 16 : 0);
+      (of_up ? up_row : row) += step;
     }
+    from += kDepth;
+    if (kAlternates) up += kDepth;
+    left -= kDepth;
   }
 };
 
+// The same of the tokens.
 template <typename T, int kTokens, int kThreads>
-__device__ __forceinline__ void load_tokens(T* stage, const LinearParams& p, int first_token, int k,
-                                            int k_end) {
-  constexpr int kRows = kPassRows<kThreads>;
-  const int row = threadIdx.x / kPieces;
-  const int piece = threadIdx.x % kPieces;
-  if (kTokens < kRows && row >= kTokens) return;
-  const T* from = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride + k + piece * 8;
-  T* to = stage_piece(stage, row, piece);
-  const bool inside_k = k + piece * 8 < k_end;
-#pragma unroll
-  for (int j = 0; j < (kTokens + kRows - 1) / kRows; ++j) {
-    const bool copies = inside_k && first_token + row + j * kRows < p.n;
-    copy_async_16(to + j * kRows * kDepth, copies ? from + j * kRows * p.x_stride : p.x,
-                  copies ? 16 : 0);
+struct TokenCursor {
+  static constexpr int kRows = kPassRows<kThreads>;
+  static constexpr int kPasses = (kTokens + kRows - 1) / kRows;
+  const T* from;
+  int64_t step;
+  int passes;
+  int left;
+  int place;
+
+  __device__ __forceinline__ TokenCursor(const LinearParams& p, int first_token, int k_begin,
+                                         int k_end)
+      : step(kRows * p.x_stride) {
+    const int row = threadIdx.x / kPieces;
+    const int piece = threadIdx.x % kPieces;
+    from = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride + k_begin + piece * 8;
+    passes = passes_inside<kRows>(p.n - first_token - row);
+    left = k_end - k_begin - piece * 8;
+    place = stage_place(row, piece);
   }
-}
+
+  __device__ __forceinline__ void load_next(T* stage) {
+    if (kTokens < kRows && threadIdx.x / kPieces >= kTokens) return;
+    const int copied = left > 0 ? passes : 0;
+    const T* row = from;
+#pragma unroll
+    for (int j = 0; j < kPasses; ++j) {
+      copy_async_16(stage + place + j * kRows * kDepth, row, j < copied ? 16 : 0);
+      row += step;
+    }
+    from += kDepth;
+    left -= kDepth;
+  }
+};
 
 // One stage: kDepth / 16 steps of mma for 32 rows of weights, from first_row on, and kTiles tiles
 // of tokens.
@@ -122,19 +145,20 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[2][kTiles][4], T* w
     uint32_t a[2][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      ldmatrix_x4(a[r], stage_piece(weights, first_row + r * 16 + lane % 16, step * 2 + lane / 16));
+      ldmatrix_x4(a[r],
+                  weights + stage_place(first_row + r * 16 + lane % 16, step * 2 + lane / 16));
     }
     if constexpr (kTiles == 1) {
       uint32_t b[2];
-      ldmatrix_x2(b, stage_piece(tokens, first_token + lane % 8, step * 2 + lane / 8 % 2));
+      ldmatrix_x2(b, tokens + stage_place(first_token + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
       for (int r = 0; r < 2; ++r) mma_16x8x16<T>(sums[r][0], a[r], b);
     } else {
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, stage_piece(tokens, first_token + j * 8 + lane % 8 + lane / 16 * 8,
-                                   step * 2 + lane / 8 % 2));
+        ldmatrix_x4(b, tokens + stage_place(first_token + j * 8 + lane % 8 + lane / 16 * 8,
+                                            step * 2 + lane / 8 % 2));
         const uint32_t first[2] = {b[0], b[1]};
         const uint32_t second[2] = {b[2], b[3]};
 #pragma unroll
@@ -165,21 +189,19 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
   const int k_begin = part * p.part_depth;
   const int k_end = min(k_begin + p.part_depth, p.in_features);
   const int stages = (k_end - k_begin + kDepth - 1) / kDepth;
-  const WeightCursor<T, kSwiglu, kThreads> cursor(p, tile);
+  WeightCursor<T, kSwiglu, kThreads> weight_cursor(p, tile, k_begin, k_end);
+  TokenCursor<T, kTokens, kThreads> token_cursor(p, first_token, k_begin, k_end);
 
   // Weights depend on no kernel: they are asked for at once. Loops that a block runs through once
   // are not unrolled: their instructions have to come out of memory, too.
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) cursor.load(weights + s * kTileRows * kDepth, p, k_begin + s * kDepth, k_end);
+    if (s < stages) weight_cursor.load_next(weights + s * kTileRows * kDepth);
   }
   dependency_wait();
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) {
-      load_tokens<T, kTokens, kThreads>(tokens + s * kTokens * kDepth, p, first_token,
-                                        k_begin + s * kDepth, k_end);
-    }
+    if (s < stages) token_cursor.load_next(tokens + s * kTokens * kDepth);
     copy_async_commit();
   }
 
@@ -201,11 +223,9 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
   for (int s = 0; s < stages; ++s) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the stage is there for all, and all are done with the one that is refilled
-    const int next = s + kStages - 1;
-    if (next < stages) {
-      cursor.load(weights + free_at * kTileRows * kDepth, p, k_begin + next * kDepth, k_end);
-      load_tokens<T, kTokens, kThreads>(tokens + free_at * kTokens * kDepth, p, first_token,
-                                        k_begin + next * kDepth, k_end);
+    if (s + kStages - 1 < stages) {
+      weight_cursor.load_next(weights + free_at * kTileRows * kDepth);
+      token_cursor.load_next(tokens + free_at * kTokens * kDepth);
     }
     copy_async_commit();
     multiply_stage<T, kWarpTiles>(sums, weights + at * kTileRows * kDepth, warp_row,
