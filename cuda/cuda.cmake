@@ -5,7 +5,8 @@
 #   FRSPEC_CUDA        AUTO (default): where nvcc is found; ON: or fail; OFF
 #   FRSPEC_NVCC        the compiler, where it is not found by itself
 #   FRSPEC_CUDA_ARCHS  compute capabilities, e.g. "80;90a", or "native"; default: each major one from
-#                      8.0 on that nvcc knows, or the environment variable of that name
+#                      8.0 on that nvcc knows, or the environment variable of that name. 90a: products
+#                      as only Hopper can make them (hopper.cuh)
 #
 # Sets FRSPEC_CUDA_FOUND and FRSPEC_CUDA_BUILD, its description; or FRSPEC_NO_CUDA_REASON. Where there
 # is a toolkit, FRSPEC_CUDA_INCLUDE is set too: the emulation of tests/emulation needs its headers.
@@ -79,8 +80,9 @@ else()
   foreach(arch IN LISTS archs)
     list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
   endforeach()
-  # GPUs newer than all of these compile the newest one's PTX.
+  # GPUs newer than all of these compile the newest one's PTX, which must not be of it alone.
   list(GET archs -1 newest)
+  string(REGEX REPLACE "[af]$" "" newest ${newest})
   list(APPEND gencode -gencode arch=compute_${newest},code=compute_${newest})
 endif()
 message(STATUS "CUDA: ${FRSPEC_NVCC}, compute capabilities ${archs}")
@@ -91,6 +93,9 @@ set(FRSPEC_CUDA_BUILD "CUDA ${CMAKE_MATCH_1}, kernels for compute capabilities $
 # Contraction is spelled out in the kernels: two instantiations of one kernel must round alike.
 set(nvcc_flags -std=c++20 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler=-fPIC
                -I${PROJECT_SOURCE_DIR}/runtime -I${PROJECT_SOURCE_DIR}/cuda)
+if("90a" IN_LIST archs)
+  list(APPEND nvcc_flags -DFRSPEC_HOPPER)
+endif()
 if(FRSPEC_WERROR)
   list(APPEND nvcc_flags --Werror all-warnings)
 endif()

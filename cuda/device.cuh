@@ -2,8 +2,8 @@
 // emulation of tests/emulation, and the 16-bit element types.
 //
 // Rules that let a kernel run in both: launch<kernel>(), never <<<>>>; shared memory through SHARED
-// and SmemCarver; inline PTX only in ptx.cuh; block sizes are multiples of 32; all lanes of a mask
-// reach the same line; no barrier after some threads have left.
+// and SmemCarver; inline PTX only in ptx.cuh and hopper.cuh; block sizes are multiples of 32; all
+// lanes of a mask reach the same line; no barrier after some threads have left.
 #pragma once
 
 #include <cuda_bf16.h>

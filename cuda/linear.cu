@@ -10,10 +10,11 @@
 // Weights are the A operand of the tensor cores (16 outputs), tokens the B operand (8 tokens). A
 // block makes kTileOutputs outputs for up to 64 tokens from one part of k; each of its warps owns
 // 32 rows of weights and all tokens (4 warps), or half of them where there are more than 16 (8
-// warps), and sums its whole part of k in ascending order in one chain of mma. A stage of the
-// pipeline is 64 values of k of the weights and of x, copied asynchronously into shared memory; all
-// stages but one are under way at any time, which is what keeps the memory busy. The first weights
-// are asked for before the kernel in front has ended.
+// warps), and sums its whole part of k in ascending order in one chain of mma. (On Hopper, eight
+// warps own 16 rows and all tokens each: two warpgroups, which multiply out of shared memory.) A
+// stage of the pipeline is 64 values of k of the weights and of x, copied asynchronously into
+// shared memory (linear_pipeline.cuh); all stages but one are under way at any time, which is what
+// keeps the memory busy. The first weights are asked for before the kernel in front has ended.
 //
 // The parts of k leave fp32 sums in scratch memory, and the kernel behind the product adds them in
 // ascending order: the norm or RoPE that reads the outputs, or add_parts_kernel. Where the parts
@@ -27,117 +28,17 @@
 #include "launch.h"
 #include "linear_epilogue.cuh"
 #include "linear_params.cuh"
+#include "linear_pipeline.cuh"
 #include "ptx.cuh"
+#include "tensor_map.h"
 
 namespace frspec::cuda {
 namespace {
 
-// Where piece `piece` of a row of a stage is; the swizzle keeps ldmatrix free of bank conflicts.
-__device__ __forceinline__ int stage_place(int row, int piece) {
-  return row * kDepth + ((piece ^ (row & 7)) << 3);
-}
-
-// Rows of a stage that all threads of a block copy at once, a piece each.
-template <int kThreads>
-constexpr int kPassRows = kThreads / kPieces;
-
-// Passes over kRows rows each in which a thread that has the first of `rows` rows has one.
-template <int kRows>
-__device__ __forceinline__ int passes_inside(int rows) {
-  return (rows + kRows - 1) / kRows;
-}
-
-// What one thread copies of each stage of the weights: the same piece of tile rows row +
-// kPassRows * j. Of a swiglu tile every 32 rows are 16 gate rows and the 16 up rows of the same
-// outputs: passes of 16 rows alternate between the matrices, and of a pass of 32 a thread copies
-// the row of one matrix. Addresses advance from stage to stage: computing them again takes more
-// instructions than all else in the loop.
-template <typename T, bool kSwiglu, int kThreads>
-struct WeightCursor {
-  static constexpr int kRows = kPassRows<kThreads>;
-  static constexpr int kPasses = kTileRows / kRows;
-  static constexpr bool kAlternates = kSwiglu && kRows == 16;
-  static constexpr int kMatrixRows = kSwiglu ? 16 : kRows;  // of a pass, of one matrix
-  static_assert(kRows == 16 || kRows == 32, "the rows of a thread are of one matrix in each pass");
-  const T* from;  // the thread's first row, at its piece of the next stage
-  const T* up;    // passes alternate: the same of the other matrix
-  int64_t step;   // to the row of the next pass of the matrix
-  int passes;     // that have a row of the matrix
-  int left;       // k from the piece to the end of the part
-  int place;      // of the first row's piece in a stage
-
-  __device__ __forceinline__ WeightCursor(const LinearParams& p, int tile, int k_begin, int k_end)
-      : step(int64_t{kMatrixRows} * p.in_features) {
-    const int row = threadIdx.x / kPieces;
-    const int piece = threadIdx.x % kPieces;
-    const int first = tile * kTileOutputs<kSwiglu> + row % kMatrixRows;
-    const int64_t at = static_cast<int64_t>(first) * p.in_features + k_begin + piece * 8;
-    from = static_cast<const T*>(kSwiglu && row >= kMatrixRows ? p.up : p.w) + at;
-    up = kAlternates ? static_cast<const T*>(p.up) + at : nullptr;
-    passes = passes_inside<kMatrixRows>(p.out_features - first);
-    left = k_end - k_begin - piece * 8;
-    place = stage_place(row, piece);
-  }
-
-  // What is not inside becomes zeros, and is not read.
-  __device__ __forceinline__ void load_next(T* stage) {
-    T* const to = stage + place;
-    const int copied = left > 0 ? passes : 0;
-    const T* row = from;
-    const T* up_row = up;
-#pragma unroll
-    for (int j = 0; j < kPasses; ++j) {
-      const bool of_up = kAlternates && j % 2 == 1;
-      const int matrix_pass = kAlternates ? j / 2 : j;
-      copy_async_16(to + j * kRows * kDepth, of_up ? up_row : row, matrix_pass < copied ? 16 : 0);
-      (of_up ? up_row : row) += step;
-    }
-    from += kDepth;
-    if (kAlternates) up += kDepth;
-    left -= kDepth;
-  }
-};
-
-// The same of the tokens.
-template <typename T, int kTokens, int kThreads>
-struct TokenCursor {
-  static constexpr int kRows = kPassRows<kThreads>;
-  static constexpr int kPasses = (kTokens + kRows - 1) / kRows;
-  const T* from;
-  int64_t step;
-  int passes;
-  int left;
-  int place;
-
-  __device__ __forceinline__ TokenCursor(const LinearParams& p, int first_token, int k_begin,
-                                         int k_end)
-      : step(kRows * p.x_stride) {
-    const int row = threadIdx.x / kPieces;
-    const int piece = threadIdx.x % kPieces;
-    from = static_cast<const T*>(p.x) + (first_token + row) * p.x_stride + k_begin + piece * 8;
-    passes = passes_inside<kRows>(p.n - first_token - row);
-    left = k_end - k_begin - piece * 8;
-    place = stage_place(row, piece);
-  }
-
-  __device__ __forceinline__ void load_next(T* stage) {
-    if (kTokens < kRows && threadIdx.x / kPieces >= kTokens) return;
-    const int copied = left > 0 ? passes : 0;
-    const T* row = from;
-#pragma unroll
-    for (int j = 0; j < kPasses; ++j) {
-      copy_async_16(stage + place + j * kRows * kDepth, row, j < copied ? 16 : 0);
-      row += step;
-    }
-    from += kDepth;
-    left -= kDepth;
-  }
-};
-
 // One stage: kDepth / 16 steps of mma for 32 rows of weights, from first_row on, and kTiles tiles
-// of tokens.
+// of tokens. sums: those of the first 16 rows, then of the others.
 template <typename T, int kTiles>
-__device__ __forceinline__ void multiply_stage(float (&sums)[2][kTiles][4], T* weights,
+__device__ __forceinline__ void multiply_stage(float (&sums)[2 * kTiles][4], T* weights,
                                                int first_row, T* tokens, int first_token) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -152,7 +53,7 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[2][kTiles][4], T* w
       uint32_t b[2];
       ldmatrix_x2(b, tokens + stage_place(first_token + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
-      for (int r = 0; r < 2; ++r) mma_16x8x16<T>(sums[r][0], a[r], b);
+      for (int r = 0; r < 2; ++r) mma_16x8x16<T>(sums[r], a[r], b);
     } else {
 #pragma unroll
       for (int j = 0; j < kTiles; j += 2) {
@@ -163,20 +64,32 @@ __device__ __forceinline__ void multiply_stage(float (&sums)[2][kTiles][4], T* w
         const uint32_t second[2] = {b[2], b[3]};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          mma_16x8x16<T>(sums[r][j], a[r], first);
-          mma_16x8x16<T>(sums[r][j + 1], a[r], second);
+          mma_16x8x16<T>(sums[r * kTiles + j], a[r], first);
+          mma_16x8x16<T>(sums[r * kTiles + j + 1], a[r], second);
         }
       }
     }
   }
 }
 
-template <typename T, typename Out, int kTokenTiles, bool kSwiglu, int kStages>
-__global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTiles>::kBlocks)
-    linear_kernel(const LinearParams p) {
+// The same by a warpgroup, for its 64 rows of weights and all tokens: started, not waited for.
+template <typename T, int kTiles>
+__device__ __forceinline__ void start_stage(float (&sums)[kTiles][4], T* weights, int first_row,
+                                            T* tokens) {
+  wgmma_begin();
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    wgmma_64xN<T>(sums, weights + first_row * kDepth + k, tokens + k);
+  }
+  wgmma_commit();
+}
+
+template <bool kHopper, typename T, typename Out, int kTokenTiles, bool kSwiglu, int kStages>
+__device__ __forceinline__ void multiply_tile(const LinearParams& p, const LinearMaps& maps) {
   constexpr int kTokens = Tiling<kTokenTiles>::kTokens;
   constexpr int kThreads = Tiling<kTokenTiles>::kThreads;
   constexpr int kWarpTiles = Tiling<kTokenTiles>::kWarpTiles;
+  constexpr bool kInGroups = kHopper && kThreads == 2 * kWarpgroup;
   SmemCarver carver;
   T* weights = carver.take<T>(kStages * kTileRows * kDepth);
   T* tokens = carver.take<T>(kStages * kTokens * kDepth);
@@ -189,70 +102,74 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
   const int k_begin = part * p.part_depth;
   const int k_end = min(k_begin + p.part_depth, p.in_features);
   const int stages = (k_end - k_begin + kDepth - 1) / kDepth;
-  WeightCursor<T, kSwiglu, kThreads> weight_cursor(p, tile, k_begin, k_end);
-  TokenCursor<T, kTokens, kThreads> token_cursor(p, first_token, k_begin, k_end);
+  using Pipeline = std::conditional_t<kHopper, BulkPipeline<T, kSwiglu, kTokens, kThreads, kStages>,
+                                      CopyPipeline<T, kSwiglu, kTokens, kThreads, kStages>>;
+  Pipeline pipeline(p, maps, weights, tokens, tile, first_token, k_begin, k_end);
 
   // Weights depend on no kernel: they are asked for at once. Loops that a block runs through once
   // are not unrolled: their instructions have to come out of memory, too.
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) weight_cursor.load_next(weights + s * kTileRows * kDepth);
+    if (s < stages) pipeline.ask_weights(s);
   }
   dependency_wait();
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < stages) token_cursor.load_next(tokens + s * kTokens * kDepth);
-    copy_async_commit();
+    if (s < stages) pipeline.ask_tokens(s);
+    pipeline.asked();
   }
+  pipeline.start();
 
-  // Warps that share rows of weights take kWarpTiles tiles of tokens each.
+  // Warps that share rows of weights take kWarpTiles tiles of tokens each; a warp of a warpgroup
+  // takes 16 rows and all tokens.
   const int warp = threadIdx.x / kWarp;
-  const int warp_row = warp % kRowWarps * 32;
-  const int warp_token = warp / kRowWarps * kWarpTiles * 8;
-  float sums[2][kWarpTiles][4];
+  const int warp_row = kInGroups ? warp * 16 : warp % kRowWarps * 32;
+  const int warp_tile = kInGroups ? 0 : warp / kRowWarps * kWarpTiles;
+  constexpr int kSums = 2 * kWarpTiles;
+  float sums[kSums][4];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int j = 0; j < kWarpTiles; ++j) {
-      sums[r][j][0] = sums[r][j][1] = sums[r][j][2] = sums[r][j][3] = 0.0f;
-    }
-  }
+  for (int j = 0; j < kSums; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.0f;
   int at = 0;                 // the stage's place
   int free_at = kStages - 1;  // and that of the one before it
 #pragma unroll 1
   for (int s = 0; s < stages; ++s) {
-    copy_async_wait<kStages - 2>();
+    pipeline.wait(at);
+    if constexpr (kInGroups) wgmma_wait(sums);
     __syncthreads();  // the stage is there for all, and all are done with the one that is refilled
     if (s + kStages - 1 < stages) {
-      weight_cursor.load_next(weights + free_at * kTileRows * kDepth);
-      token_cursor.load_next(tokens + free_at * kTokens * kDepth);
+      pipeline.ask_weights(free_at);
+      pipeline.ask_tokens(free_at);
     }
-    copy_async_commit();
-    multiply_stage<T, kWarpTiles>(sums, weights + at * kTileRows * kDepth, warp_row,
-                                  tokens + at * kTokens * kDepth, warp_token);
+    pipeline.asked();
+    T* const of_weights = weights + at * kTileRows * kDepth;
+    T* const of_tokens = tokens + at * kTokens * kDepth;
+    if constexpr (kInGroups) {
+      start_stage(sums, of_weights, warp / 4 * 64, of_tokens);
+    } else {
+      multiply_stage<T, kWarpTiles>(sums, of_weights, warp_row, of_tokens, warp_tile * 8);
+    }
     free_at = at;
     at = at + 1 == kStages ? 0 : at + 1;
   }
+  if constexpr (kInGroups) wgmma_wait(sums);
   // Not before: blocks that only wait take the memory's time from those that stream.
   dependency_launch();
 
   // Through shared memory, so that global memory is written along the outputs.
-  copy_async_wait<0>();
+  if constexpr (!kHopper) copy_async_wait<0>();
   __syncthreads();
   float* finished = reinterpret_cast<float*>(weights);  // [kTokens, kOutPitch]
   static_assert(kTokens * kOutPitch * sizeof(float) <= kStages * kTileRows * kDepth * sizeof(T));
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int j = 0; j < kWarpTiles; ++j) {
-      const int row = warp_row + r * 16 + lane / 4;
-      float* to = finished + (warp_token + j * 8 + lane % 4 * 2) * kOutPitch + row;
-      to[0] = sums[r][j][0];
-      to[kOutPitch] = sums[r][j][1];
-      to[8] = sums[r][j][2];
-      to[kOutPitch + 8] = sums[r][j][3];
-    }
+  for (int j = 0; j < kSums; ++j) {
+    const int row = warp_row + (kInGroups ? 0 : j / kWarpTiles * 16) + lane / 4;
+    const int token = (warp_tile + (kInGroups ? j : j % kWarpTiles)) * 8 + lane % 4 * 2;
+    float* to = finished + token * kOutPitch + row;
+    to[0] = sums[j][0];
+    to[kOutPitch] = sums[j][1];
+    to[8] = sums[j][2];
+    to[kOutPitch + 8] = sums[j][3];
   }
   __syncthreads();
   const auto from_shared = [&](int token, int row) {
@@ -278,6 +195,16 @@ __global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTi
     if (first >= p.out_features) continue;
     store_quad<T, Out, kSwiglu>(p, first_token + token, first,
                                 [&](int row) { return from_shared(token, row); });
+  }
+}
+
+template <typename T, typename Out, int kTokenTiles, bool kSwiglu, int kStages>
+__global__ void __launch_bounds__(Tiling<kTokenTiles>::kThreads, Tiling<kTokenTiles>::kBlocks)
+    linear_kernel(const LinearParams p, const __grid_constant__ LinearMaps maps) {
+  if (on_hopper()) {
+    multiply_tile<true, T, Out, kTokenTiles, kSwiglu, kStages>(p, maps);
+  } else {
+    multiply_tile<false, T, Out, kTokenTiles, kSwiglu, kStages>(p, maps);
   }
 }
 
@@ -313,17 +240,35 @@ bool wants_deep_stages(const dim3& grid) {
          grid.x * grid.y <= attribute(cudaDevAttrMultiProcessorCount);
 }
 
+// For the kernels of Hopper; empty where they do not run.
+template <typename T, bool kSwiglu>
+LinearMaps maps_of([[maybe_unused]] const LinearParams& p, [[maybe_unused]] int tokens) {
+  LinearMaps maps{};
+#if defined(FRSPEC_HOPPER) || defined(FRSPEC_EMULATE_CUDA)
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor, "linear") != 9) return maps;
+  constexpr DType kType = std::is_same_v<T, bf16> ? DType::kBF16 : DType::kF16;
+  const auto weights = [&](const void* matrix) {
+    return box_map(matrix, kType, p.out_features, p.in_features, p.in_features, kBoxRows<kSwiglu>);
+  };
+  maps.w = weights(p.w);
+  if (kSwiglu) maps.up = weights(p.up);
+  maps.x = box_map(p.x, kType, p.n, p.in_features, p.x_stride, tokens);
+#endif
+  return maps;
+}
+
 template <typename T, typename Out, int kTokenTiles, bool kSwiglu>
 void launch_tiles(const LinearParams& p, cudaStream_t stream) {
   constexpr int kTokens = Tiling<kTokenTiles>::kTokens;
   const dim3 grid(ceil_div(p.out_features, kTileOutputs<kSwiglu>) * static_cast<unsigned>(p.groups),
                   static_cast<unsigned>(p.parts));
+  const LinearMaps maps = maps_of<T, kSwiglu>(p, kTokens);
   const auto launch_with = [&](auto stages) {
     constexpr size_t kSharedBytes = carved_bytes(sizeof(T) * stages.value * kTileRows * kDepth) +
                                     carved_bytes(sizeof(T) * stages.value * kTokens * kDepth);
     static_assert(stages.value != kStages || kSharedBytes <= kSharedEverywhere);
     launch<linear_kernel<T, Out, kTokenTiles, kSwiglu, stages.value>>(
-        {grid, dim3(Tiling<kTokenTiles>::kThreads), stream, kSharedBytes}, "linear", p);
+        {grid, dim3(Tiling<kTokenTiles>::kThreads), stream, kSharedBytes}, "linear", p, maps);
   };
   if (wants_deep_stages(grid)) {
     return launch_with(std::integral_constant<int, kDeepStages<kTokenTiles>>{});

@@ -1,6 +1,8 @@
 // Sizes and arguments of the skinny product (linear.cu).
 #pragma once
 
+#include <cuda.h>
+
 #include "device.cuh"
 #include "linear_parts.cuh"
 
@@ -8,6 +10,7 @@ namespace frspec::cuda {
 namespace {
 
 constexpr int kRowWarps = 4;
+constexpr int kWarpgroup = 4 * kWarp;      // threads that multiply together on Hopper
 constexpr int kTileRows = kRowWarps * 32;  // rows of weights of a block
 constexpr int kDepth = 64;                 // k of a stage
 constexpr int kPieces = kDepth / 8;        // 16-byte pieces of a row of a stage
@@ -62,6 +65,13 @@ struct LinearParams {
   int part_depth;
   int groups;  // of kTokenGroup tokens
   bool quads;  // four outputs are always there, and aligned
+};
+
+// Where Hopper's copies find weights and tokens.
+struct LinearMaps {
+  CUtensorMap w;
+  CUtensorMap up;  // swiglu
+  CUtensorMap x;
 };
 
 }  // namespace

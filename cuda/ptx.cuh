@@ -1,5 +1,5 @@
-// The only place with inline PTX. Every wrapper takes generic pointers and has an emulated twin in
-// tests/emulation/ptx_emulation.h.
+// Inline PTX, which is nowhere but here and in hopper.cuh. Every wrapper takes generic pointers and
+// has an emulated twin in tests/emulation/ptx_emulation.h.
 #pragma once
 
 #include "device.cuh"

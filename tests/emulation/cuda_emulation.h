@@ -17,6 +17,9 @@
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __cluster_dims__(...)
+#ifndef __grid_constant__
+#define __grid_constant__
+#endif
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -42,6 +42,7 @@ void end_of_thread(Fiber& self) {
   if (config().require_dependency_wait && !self.waited_for_dependency) {
     fail("ended without dependency_wait()");
   }
+  check_hopper_at_end(self);
   release(&block.end_tag);
   self.copies.clear();
   self.copy_groups.clear();
@@ -243,6 +244,7 @@ void start_block(Block& block, const KernelCall& call, uint3 index, Fiber& host)
     make_runnable(block, w, block.warps[w].existing);
   }
   start_shared_memory(block);
+  start_hopper(block);
   statistics().blocks.fetch_add(1, std::memory_order_relaxed);
 }
 

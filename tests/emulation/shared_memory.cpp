@@ -18,7 +18,7 @@ constexpr size_t kCarvedAlignment = 128;
 constexpr unsigned char kNaN = 0xff;
 
 // Room for the gaps and alignment of all pieces.
-size_t slack_bytes() { return 2 * SharedPieces::kCapacity * (kGapBytes + kCarvedAlignment); }
+size_t slack_bytes() { return 2 * SharedPieces::kCapacity * (kGapBytes + kAlignment); }
 
 void fill(void* p, size_t bytes) {
   begin_unwatched();
@@ -26,9 +26,11 @@ void fill(void* p, size_t bytes) {
   end_unwatched();
 }
 
+// At `beyond` bytes behind a multiple of `align`; beyond < align.
 SharedPiece& add_piece(Block& block, SharedPieces& pieces, const void* key, size_t bytes,
-                       size_t align, const char* name) {
-  const size_t begin = (block.shared_used + kGapBytes + align - 1) / align * align;
+                       size_t align, size_t beyond, const char* name) {
+  const size_t least = block.shared_used + kGapBytes;
+  const size_t begin = (least + align - 1 - beyond) / align * align + beyond;
   if (pieces.count == SharedPieces::kCapacity ||
       begin + bytes + kGapBytes > block.shared_capacity) {
     fail("the emulation has no room for this many pieces of shared memory");
@@ -109,7 +111,7 @@ void* shared_static(const void* key, size_t bytes, size_t align, const char* nam
       block.static_bytes + block.call->shared_bytes > config().shared_bytes_per_block) {
     fail(std::string("shared memory exceeds what a block may have, at ") + name);
   }
-  return add_piece(block, block.statics, key, bytes, std::max<size_t>(align, 16), name).data;
+  return add_piece(block, block.statics, key, bytes, std::max<size_t>(align, 16), 0, name).data;
 }
 
 void restart_carving() { this_fiber->carved = 0; }
@@ -123,12 +125,14 @@ void* carve_dynamic(size_t bytes) {
     if (piece.bytes != bytes) fail("threads carve the dynamic shared memory differently");
     return piece.data;
   }
+  // Where the device has it, as far as swizzles can tell.
+  const size_t beyond = block.dynamic_bytes % kAlignment;
   block.dynamic_bytes += (bytes + kCarvedAlignment - 1) / kCarvedAlignment * kCarvedAlignment;
   if (block.dynamic_bytes > block.call->shared_bytes) {
     fail("dynamic shared memory: " + std::to_string(block.dynamic_bytes) + " bytes carved, " +
          std::to_string(block.call->shared_bytes) + " bytes launched");
   }
-  return add_piece(block, block.carved, nullptr, bytes, kCarvedAlignment, "SmemCarver").data;
+  return add_piece(block, block.carved, nullptr, bytes, kAlignment, beyond, "SmemCarver").data;
 }
 
 bool in_shared(const void* p, size_t bytes) {

@@ -30,6 +30,45 @@ struct AsyncCopy {
   uint32_t bytes;
 };
 
+// ---- of Hopper (hopper_emulation.cpp)
+
+// A box of a matrix on its way into shared memory.
+struct BoxCopy {
+  void* shared;
+  const unsigned char* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_bytes;
+  uint32_t box_rows;
+  int column;
+  int row;
+};
+// A barrier in shared memory whose phase ends when its thread has arrived and no byte is missing.
+struct TransactionBarrier {
+  const uint64_t* address;
+  bool arrived;
+  int64_t missing_bytes;
+  uint32_t phase;
+  std::vector<BoxCopy> copies;  // under way
+};
+struct ProductStep {
+  const void* a;
+  const void* b;
+  bool is_bf16;
+};
+// A warp's products that add to the same sums, which are elsewhere until they are waited for.
+struct ProductChain {
+  int tiles = 0;
+  std::array<float*, kWarpThreads> d{};
+  std::vector<float> sums;
+  std::vector<ProductStep> steps;
+  size_t committed = 0;  // of the steps
+};
+struct WarpProducts {
+  bool begun = false;
+  std::vector<ProductChain> chains;
+};
+
 // Why a thread does not run.
 enum class Waiting : uint8_t { kNothing, kWarp, kBlock, kDependency, kEnded };
 
@@ -119,6 +158,9 @@ struct Block {
   SharedPieces statics;
   SharedPieces carved;
 
+  std::vector<TransactionBarrier> transaction_barriers;
+  std::array<WarpProducts, kMaxWarps> products;
+
   char start_tag = 0;
   char end_tag = 0;
   // Two, so that one who comes early to the next barrier does not leak into this one.
@@ -181,6 +223,12 @@ void describe_host(Fiber& host);
 void start_shared_memory(Block& block);
 // An error when something wrote between the pieces; then forgets them.
 void finish_shared_memory(Block& block);
+
+// ---- hopper_emulation.cpp
+
+void start_hopper(Block& block);
+// Fails when this thread, the last of its warp or block, leaves something under way.
+void check_hopper_at_end(const Fiber& self);
 
 // ---- kernel_runner.cpp
 
