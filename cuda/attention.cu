@@ -184,6 +184,7 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
     const int position = shared_positions(visible) + i % kMaxTail;
     slots[i] = position < visible ? slot_of(p, row, position) : -1;
   }
+  dependency_wait();
   __syncthreads();
   const T* q = static_cast<const T*>(p.q);
   load_rows<T, kDim>(queries, jobs * 16, p.head_dim, q, [&](int i) -> const T* {
@@ -224,6 +225,10 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
 // allows at 64 and 128; left to itself, the compiler may spill for one more.
 constexpr int kAttendBlocks = 2;
 
+// What rows see, and with it the slots, was written before the product in front of RoPE, which lets
+// RoPE start only when it has waited for that; so were the keys and values of the ranges, where
+// ranges_are_there. They are read while RoPE still runs.
+//
 // grid: (ranges times blocks of queries, then blocks of attend_own) times K, key/value heads
 // innermost. Blocks start in this order, those that take the longest first: all heads' ranges come
 // before any own positions, and of a prompt the last rows, which see the most. Query i of a
@@ -238,7 +243,6 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
   T* keys = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   T* values = carver.take<T>(kStages * kKeys * kPitch<kDim>);
   dependency_launch();
-  dependency_wait();
   const int kv_head = static_cast<int>(blockIdx.x) % p.kv_heads;
   const int block = static_cast<int>(blockIdx.x) / p.kv_heads;
   if constexpr (!kPrompt) {
@@ -272,20 +276,17 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
   furthest = __reduce_max_sync(kAllLanes, furthest);
   const int range_begin = kPrompt ? 0 : range * kRangeKeys;
   const int range_end = kPrompt ? furthest : min(furthest, range_begin + kRangeKeys);
-  if (range_begin >= range_end) return;  // the whole block
+  if (range_begin >= range_end) {  // the whole block
+    dependency_wait();
+    return;
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int query = warp_query + lane / 4 + 8 * half;
     const int visible = query < query_count ? visible_positions(p, query / p.group) : 0;
     limit[half] = min(kPrompt ? visible : shared_positions(visible), range_end);
   }
-
-  const T* q = static_cast<const T*>(p.q);
-  load_rows<T, kDim>(queries, kQueries<kDivision>, p.head_dim, q, [&](int i) -> const T* {
-    const int query = first_query + i;
-    if (query >= query_count) return nullptr;
-    return q + query / p.group * p.q_stride + (kv_head * p.group + query % p.group) * p.head_dim;
-  });
+  if (kPrompt || !p.ranges_are_there) dependency_wait();
   const T* cache_keys = static_cast<const T*>(p.keys) + kv_head * p.head_stride;
   const T* cache_values = static_cast<const T*>(p.values) + kv_head * p.head_stride;
   const auto load_tile = [&](int first, int stage) {
@@ -302,6 +303,14 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
   };
 #pragma unroll 1
   for (int s = 0; s < kStages; ++s) load_tile(range_begin + s * kKeys, s);
+  if (!kPrompt && p.ranges_are_there) dependency_wait();
+  const T* q = static_cast<const T*>(p.q);
+  load_rows<T, kDim>(queries, kQueries<kDivision>, p.head_dim, q, [&](int i) -> const T* {
+    const int query = first_query + i;
+    if (query >= query_count) return nullptr;
+    return q + query / p.group * p.q_stride + (kv_head * p.group + query % p.group) * p.head_dim;
+  });
+  copy_async_commit();
   const auto attend = [&](WarpState<kDim>& tile, int first, int stage) {
     attend_tile<T, kDim>(tile, queries + (warp_query - first_query) * kPitch<kDim>,
                          keys + stage * kKeys * kPitch<kDim>, values + stage * kKeys * kPitch<kDim>,
@@ -330,7 +339,11 @@ __global__ void __launch_bounds__(kThreads, kAttendBlocks) attend_kernel(const A
     int stage = 0;
 #pragma unroll 1
     for (int first = range_begin; first < range_end; first += kKeys) {
-      copy_async_wait<kStages - 1>();
+      if (first == range_begin) {
+        copy_async_wait<0>();  // the queries came last
+      } else {
+        copy_async_wait<kStages - 1>();
+      }
       __syncthreads();
       if (active) {
         if constexpr (kPrompt || !kDividesKeys<kDim>) {
@@ -460,6 +473,7 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
   p.group = static_cast<int>(query_heads / kv.heads);
   p.head_blocks = static_cast<int>(ceil_div(p.group, 16));
   p.ranges = static_cast<int>(range_count(visible.max_length));
+  p.ranges_are_there = visible.ancestor_words > 0 || q.rows <= kMaxInFlight;
   p.head_dim = static_cast<int>(head_dim);
   p.scale = kLog2E / std::sqrt(static_cast<float>(head_dim));
   p.partial_values = scratch.partial_values;

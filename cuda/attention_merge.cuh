@@ -13,17 +13,18 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const AttentionParams p) {
   constexpr int kPairs = (kDim + 2 * kWarp - 1) / (2 * kWarp);  // pairs of elements of a lane
   dependency_launch();
-  dependency_wait();
   const int lane = threadIdx.x % kWarp;
   const int at = blockIdx.x * kWarps + threadIdx.x / kWarp;
   const int row = at / p.query_heads;
   const int head = at % p.query_heads;
+  // As attend_kernel, before what is in front has ended.
+  const int shared = row < p.n ? shared_positions(visible_positions(p, row)) : 0;
+  dependency_wait();
   if (row >= p.n) return;  // the whole warp
   const int64_t heads = static_cast<int64_t>(p.n) * p.query_heads;
   const float2* sums = p.partial_sums + at;
   const float* values = p.partial_values + static_cast<int64_t>(at) * kDim;
   const float2 own = sums[p.ranges * heads];
-  const int shared = shared_positions(visible_positions(p, row));
   const int ranges = (shared + kRangeKeys - 1) / kRangeKeys;
 
   float max = own.x;

@@ -46,8 +46,11 @@ struct AttentionParams {
   int head_blocks;   // of 16 query heads of a group
   int query_blocks;  // of the queries of a key/value head
   int ranges;        // that there may be; part `ranges` is the rows' own positions
-  int head_dim;      // D
-  float scale;       // log2(e) / sqrt(D)
+  // The ranges end before the slots that this pass appends: in a tree, whose rows see others of the
+  // pass among their last kMaxInFlight positions, and where there are no more rows than that.
+  bool ranges_are_there;
+  int head_dim;  // D
+  float scale;   // log2(e) / sqrt(D)
   float* partial_values;
   float2* partial_sums;
 };

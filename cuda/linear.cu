@@ -141,6 +141,8 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p, const Linea
       pipeline.ask_tokens(free_at);
     }
     pipeline.asked();
+    // On Hopper, what comes next may start behind the last copies; see below.
+    if (kHopper && s + kStages >= stages) dependency_launch();
     T* const of_weights = weights + at * kTileRows * kDepth;
     T* const of_tokens = tokens + at * kTokens * kDepth;
     if constexpr (kInGroups) {
@@ -153,7 +155,7 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p, const Linea
   }
   if constexpr (kInGroups) wgmma_wait(sums);
   // Not before: blocks that only wait take the memory's time from those that stream.
-  dependency_launch();
+  if (!kHopper) dependency_launch();
 
   // Through shared memory, so that global memory is written along the outputs.
   if constexpr (!kHopper) copy_async_wait<0>();

@@ -23,21 +23,32 @@ __global__ void __launch_bounds__(kThreads)
                            const float* rope, const int32_t* positions, const int32_t* slots,
                            int query_heads, int kv_heads, int head_dim, const LinearParts parts) {
   dependency_launch();
-  dependency_wait();
   const int half = head_dim / 2;
   const int heads = kThreads / half;
   const int j = threadIdx.x % half;
   const int head = blockIdx.y * heads + threadIdx.x / half;
-  if (static_cast<int>(threadIdx.x) >= heads * half || head >= query_heads + 2 * kv_heads) return;
+  const bool has_pair =
+      static_cast<int>(threadIdx.x) < heads * half && head < query_heads + 2 * kv_heads;
   const int row = blockIdx.x;
   T* from = qkv + row * qkv_stride + head * head_dim;
   T* to = from;
-  if (head >= query_heads) {
+  float cosine = 1.0f;
+  float sine = 0.0f;
+  // Where rows are was written before the product in front, which has waited for that before it let
+  // this kernel start: it is read while the product still runs.
+  if (has_pair && head >= query_heads) {
     const bool is_key = head < query_heads + kv_heads;
     const int kv_head = head - query_heads - (is_key ? 0 : kv_heads);
     to = (is_key ? keys : values) + kv_head * head_stride +
          static_cast<int64_t>(slots[row]) * head_dim;
   }
+  if (has_pair && head < query_heads + kv_heads) {
+    const float* cosines = rope + static_cast<int64_t>(positions[row]) * head_dim;
+    cosine = cosines[j];
+    sine = cosines[half + j];
+  }
+  dependency_wait();
+  if (!has_pair) return;
   T first;
   T second;
   if constexpr (kParts) {
@@ -52,9 +63,6 @@ __global__ void __launch_bounds__(kThreads)
     to[j + half] = second;
     return;
   }
-  const float* cosines = rope + static_cast<int64_t>(positions[row]) * head_dim;
-  const float cosine = cosines[j];
-  const float sine = cosines[half + j];
   const float a = to_float(first);
   const float b = to_float(second);
   to[j] = from_float<T>(__fmaf_rn(a, cosine, -b * sine));

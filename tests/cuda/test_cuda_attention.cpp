@@ -1,6 +1,7 @@
 // Attention against double-precision loops, and its independence of slots, rows and trees.
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "attention_reference.h"
 #include "cuda_test_support.h"
@@ -271,6 +272,68 @@ TEST_CASE("attention has the same bits whether ancestors are committed or still 
           }
         }
         cache.upload();
+      }
+    }
+  }
+}
+
+TEST_CASE("attention sees what RoPE in front of it appends, whether it is waited for or not") {
+  constexpr DType kType = DType::kBF16;
+  // Rows of a sequence, few enough that their ranges are there before, and more; a tree.
+  for (const auto& [of_shape, before, n, is_tree] : {std::tuple{0, 300, 20, false},
+                                                     {0, 90, 33, false},
+                                                     {3, 10, 80, false},
+                                                     {0, 250, 100, false},
+                                                     {0, 300, 60, true}}) {
+    const Shape& shape = kShapes[of_shape];
+    CAPTURE(before);
+    CAPTURE(n);
+    Stream stream;
+    Random random(static_cast<uint32_t>(n));
+    View view;
+    view.words = is_tree ? 1 : 0;
+    view.tree_base = before;
+    std::vector<int32_t> positions;
+    std::vector<int32_t> slots;
+    for (int32_t r = 0; r < n; ++r) {
+      std::vector<int32_t> path{r};
+      while (path.front() > 0) path.insert(path.begin(), (path.front() - 1) / 2);
+      positions.push_back(before + (is_tree ? static_cast<int32_t>(path.size()) - 1 : r));
+      slots.push_back(before + r);
+      is_tree ? view.add(before, path) : view.add(before + r + 1, {});
+    }
+    const DeviceMatrix rope(DType::kF32, before + n, shape.head_dim, random);
+    const DeviceArray<int32_t> at(positions);
+    const DeviceArray<int32_t> to(slots);
+    const DeviceArray<int32_t> prefix(view.prefix);
+    const DeviceArray<uint64_t> ancestors(view.ancestors);
+    const DeviceArray<int32_t> base(std::vector<int32_t>{view.tree_base});
+    const Visible visible{prefix.data(), base.data(), ancestors.data(), view.words, view.longest};
+    const auto rows = static_cast<size_t>(attention_parts(view.longest) * n * shape.query_heads);
+    const DeviceArray<float> values(rows * static_cast<size_t>(shape.head_dim));
+    const DeviceArray<float2> sums(rows);
+    const auto run = [&](DeviceMatrix& out, const AttentionDevice& device, bool waits) {
+      Random again(7);
+      Cache cache(kType, shape, before, before + n, again);
+      const DeviceMatrix qkv(kType, n, (shape.query_heads + 2 * shape.heads) * shape.head_dim,
+                             again);
+      Tensor q = qkv.tensor();
+      q.cols = shape.query_heads * shape.head_dim;
+      rope_and_append(qkv.tensor(), cache.layer(), rope.tensor(), at.data(), to.data(), nullptr,
+                      stream);
+      if (waits) check(cudaStreamSynchronize(stream), "test");
+      attention(out.tensor(), q, cache.layer(), visible, false, {values.data(), sums.data(), rows},
+                device, stream);
+      out.download(stream);
+    };
+    for (const AttentionDevice& device : {dividing_keys(), dividing_queries()}) {
+      DeviceMatrix waited(kType, n, shape.query_heads * shape.head_dim);
+      DeviceMatrix at_once(kType, n, waited.cols());
+      run(waited, device, true);
+      run(at_once, device, false);
+      for (int64_t r = 0; r < n; ++r) {
+        CHECK(std::isfinite(waited.row(r)[0]));
+        CHECK(equal_bits(at_once.row(r), waited.row(r), waited.cols()));
       }
     }
   }

@@ -73,6 +73,7 @@ void read_modes(Config& config) {
     config.kernel_errors = KernelErrors::kSticky;
   }
   if (read_choice("FRSPEC_EMULATION_PROTECT", "on", "off")) config.protect_memory = false;
+  if (read_choice("FRSPEC_EMULATION_HOPPER", "off", "on")) config.hopper = true;
 }
 
 void read_compute(Config& config) {

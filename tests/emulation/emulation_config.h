@@ -56,6 +56,7 @@ struct Config {
   int driver_version = CUDART_VERSION;  // 0: no driver
   int compute_major = 9;
   int compute_minor = 0;
+  bool hopper = false;  // kernels as in a build for 90a
   int multiprocessors = 4;
   size_t device_bytes = size_t{8} << 30;
   size_t shared_bytes_per_block = 227 << 10;
@@ -68,6 +69,7 @@ struct Config {
 //   FRSPEC_EMULATION_STREAMS  lazy | immediate
 //   FRSPEC_EMULATION_ERRORS   throw | sticky
 //   FRSPEC_EMULATION_PROTECT  on | off
+//   FRSPEC_EMULATION_HOPPER   off | on
 //   FRSPEC_EMULATION_THREADS, _DEVICES, _DRIVER, _DEVICE_BYTES   numbers
 //   FRSPEC_EMULATION_COMPUTE  MAJOR.MINOR, with the shared memory of such a device
 //   FRSPEC_EMULATION_FAIL     CALL:ERROR[:AFTER], as fail_next(); ERROR is a number

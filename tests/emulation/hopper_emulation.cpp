@@ -53,17 +53,26 @@ void end_phase_if_complete(TransactionBarrier& barrier) {
   ++barrier.phase;
 }
 
+// Row r of the box as the matrix holds it now, zeros behind the matrix.
+void read_row(unsigned char* row, const BoxCopy& copy, uint32_t r) {
+  std::memset(row, 0, kRowBytes);
+  const int64_t from_row = int64_t{copy.row} + r;
+  if (from_row < 0 || from_row >= copy.rows) return;
+  for (size_t byte = 0; byte < kRowBytes; byte += 2) {
+    const int64_t column = copy.column + static_cast<int64_t>(byte / 2);
+    if (column < 0 || column >= copy.columns) continue;
+    std::memcpy(row + byte, copy.data + from_row * copy.row_bytes + column * 2, 2);
+  }
+}
+
 void land(const BoxCopy& copy) {
   begin_unwatched();
   for (uint32_t r = 0; r < copy.box_rows; ++r) {
-    alignas(16) unsigned char row[kRowBytes] = {};
-    const int64_t from_row = int64_t{copy.row} + r;
-    if (from_row >= 0 && from_row < copy.rows) {
-      for (size_t byte = 0; byte < kRowBytes; byte += 2) {
-        const int64_t column = copy.column + static_cast<int64_t>(byte / 2);
-        if (column < 0 || column >= copy.columns) continue;
-        std::memcpy(row + byte, copy.data + from_row * copy.row_bytes + column * 2, 2);
-      }
+    alignas(16) unsigned char row[kRowBytes];
+    if (copy.held.empty()) {
+      read_row(row, copy, r);
+    } else {
+      std::memcpy(row, copy.held.data() + r * kRowBytes, kRowBytes);
     }
     const auto to = reinterpret_cast<uintptr_t>(copy.shared) + r * kRowBytes;
     for (size_t byte = 0; byte < kRowBytes; byte += 16) {
@@ -147,9 +156,22 @@ void copy_box(void* shared, const CUtensorMap& map, int column, int row, uint64_
   begin_unwatched();
   std::memset(shared, 0xff, bytes);
   end_unwatched();
-  known.copies.push_back({shared, from.data, static_cast<int64_t>(from.rows),
-                          static_cast<int64_t>(from.columns), static_cast<int64_t>(from.row_bytes),
-                          from.box_rows, column, row});
+  BoxCopy copy{shared,
+               from.data,
+               static_cast<int64_t>(from.rows),
+               static_cast<int64_t>(from.columns),
+               static_cast<int64_t>(from.row_bytes),
+               from.box_rows,
+               column,
+               row,
+               {}};
+  // As copy_async() does.
+  if (this_fiber->block->early) {
+    copy.held.resize(bytes);
+    for (uint32_t r = 0; r < copy.box_rows; ++r)
+      read_row(copy.held.data() + r * kRowBytes, copy, r);
+  }
+  known.copies.push_back(std::move(copy));
 }
 
 void wait_for_transactions(uint64_t* barrier, uint32_t parity) {

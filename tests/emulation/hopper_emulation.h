@@ -34,7 +34,7 @@ void finish_products(void* const*, uint32_t);
 
 namespace frspec::cuda {
 
-inline bool on_hopper() { return emulation::config().compute_major == 9; }
+inline bool on_hopper() { return emulation::config().hopper; }
 
 inline void barrier_init(uint64_t* barrier) { emulation::init_transaction_barrier(barrier); }
 inline void barrier_inits_done() {}

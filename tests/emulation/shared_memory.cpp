@@ -58,11 +58,12 @@ bool untouched_gap(const unsigned char* gap) {
 
 // Through functions that ThreadSanitizer watches, since these are accesses of the thread.
 void copy_now(const AsyncCopy& copy) {
+  const void* source = copy.taken ? copy.held.data() : copy.source;
   if (!kThreadSanitizer && copy.source_bytes == 16 && copy.bytes == 16) {
-    std::memcpy(copy.destination, copy.source, 16);
+    std::memcpy(copy.destination, source, 16);
     return;
   }
-  std::memcpy(copy.destination, copy.source, copy.source_bytes);
+  std::memcpy(copy.destination, source, copy.source_bytes);
   std::memset(static_cast<char*>(copy.destination) + copy.source_bytes, 0,
               copy.bytes - copy.source_bytes);
 }
@@ -151,7 +152,7 @@ void copy_async(void* shared, const void* global, uint32_t source_bytes, uint32_
       (reinterpret_cast<uintptr_t>(global) % bytes != 0 || !in_device(global, source_bytes))) {
     fail("asynchronous copy: the source is not aligned device memory");
   }
-  const AsyncCopy copy{shared, global, source_bytes, bytes};
+  AsyncCopy copy{shared, global, source_bytes, bytes, false, {}};
   switch (config().copies) {
     case Copies::kEager:
       copy_now(copy);
@@ -161,6 +162,11 @@ void copy_async(void* shared, const void* global, uint32_t source_bytes, uint32_
       break;
     case Copies::kDefer:
       break;
+  }
+  // The kernel in front has not run yet, and the hardware may read the source at once.
+  if (this_fiber->block->early && bytes <= copy.held.size()) {
+    std::memcpy(copy.held.data(), global, source_bytes);
+    copy.taken = true;
   }
   this_fiber->copies.push_back(copy);
 }

@@ -305,6 +305,28 @@ TEST_CASE("planted: reading before dependency_wait") {
   });
 }
 
+__global__ void copy_early(int* out, const int* in) {
+  dependency_launch();
+  SHARED(int, tile, [128]);
+  copy_async_16(&tile[threadIdx.x * 4], in + threadIdx.x * 4);
+  copy_async_commit();
+  dependency_wait();
+  copy_async_wait<0>();
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = tile[threadIdx.x * 4 + i];
+}
+TEST_CASE("planted: an asynchronous copy asked for before dependency_wait") {
+  expect_noticed(kRace, [] {
+    const Stream stream;
+    const DeviceArray<int> between(128);
+    const DeviceArray<int> out(128);
+    launch<fill>(one_block(128, stream), "planted", between.data(), 5);
+    launch<copy_early>(one_block(32, stream), "planted", out.data(),
+                       static_cast<const int*>(between.data()));
+    return out.download(stream)[0] == 5;
+  });
+}
+
 __global__ void write_early(int* out, int value) {
   dependency_launch();
   out[threadIdx.x] = value;

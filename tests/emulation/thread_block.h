@@ -28,6 +28,8 @@ struct AsyncCopy {
   const void* source;
   uint32_t source_bytes;
   uint32_t bytes;
+  bool taken;  // before dependency_wait(): what the source held then
+  std::array<unsigned char, 16> held;
 };
 
 // ---- of Hopper (hopper_emulation.cpp)
@@ -42,6 +44,7 @@ struct BoxCopy {
   uint32_t box_rows;
   int column;
   int row;
+  std::vector<unsigned char> held;  // before dependency_wait(): the rows as the source held them
 };
 // A barrier in shared memory whose phase ends when its thread has arrived and no byte is missing.
 struct TransactionBarrier {
