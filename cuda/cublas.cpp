@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -26,7 +27,8 @@ constexpr const char* kLibrary = "libcublas.so." FRSPEC_STRING_OF(FRSPEC_CUBLAS_
 // <site-packages>/nvidia/cu13/lib), and in toolkits.
 std::vector<std::string> candidates() {
   std::vector<std::string> paths;
-  if (const char* named = std::getenv("FRSPEC_CUBLAS")) return {named};
+  const char* named = std::getenv("FRSPEC_CUBLAS");
+  if (named != nullptr && *named != '\0') return {named};
   paths.push_back(kLibrary);
   Dl_info info{};
   if (dladdr(reinterpret_cast<const void*>(&cublas_api), &info) != 0 && info.dli_fname != nullptr) {
@@ -47,32 +49,33 @@ std::vector<std::string> candidates() {
   return paths;
 }
 
-template <typename Function>
-void find(void* library, const char* name, Function*& function) {
-  function = reinterpret_cast<Function*>(dlsym(library, name));
-  FRSPEC_CHECK(function != nullptr, DeviceError, kLibrary, " has no function ", name);
-}
-
 CublasApi open_library() {
   void* library = nullptr;
+  std::string found;
   std::string reasons;
   for (const std::string& path : candidates()) {
     library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    found = path;
     if (library != nullptr) break;
     reasons += concat(reasons.empty() ? "" : "; ", dlerror());
   }
-  FRSPEC_CHECK(library != nullptr, DeviceError,
-               "cuBLAS was not found; install it with"
-               " 'pip install nvidia-cublas' or the extra 'frspec[cuda13]', or name its file with"
-               " FRSPEC_CUBLAS (",
-               reasons, ")");
+  FRSPEC_CHECK(library != nullptr, DeviceError, "cuBLAS was not found; install it with ",
+               FRSPEC_CUBLAS_MAJOR == 13
+                   ? "'pip install nvidia-cublas' or the extra 'frspec[cuda13]'"
+                   : "'pip install nvidia-cublas-cu12'",
+               ", or name its file with FRSPEC_CUBLAS (", reasons, ")");
+  const auto find = [&](const char* name, auto*& function) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
+    FRSPEC_CHECK(function != nullptr, DeviceError, found, " has no function ", name);
+  };
   CublasApi api{};
-  find(library, "cublasCreate_v2", api.create);
-  find(library, "cublasDestroy_v2", api.destroy);
-  find(library, "cublasSetStream_v2", api.set_stream);
-  find(library, "cublasSetWorkspace_v2", api.set_workspace);
-  find(library, "cublasSetMathMode", api.set_math_mode);
-  find(library, "cublasGemmEx", api.gemm_ex);
+  find("cublasCreate_v2", api.create);
+  find("cublasDestroy_v2", api.destroy);
+  find("cublasSetStream_v2", api.set_stream);
+  find("cublasSetWorkspace_v2", api.set_workspace);
+  find("cublasSetMathMode", api.set_math_mode);
+  find("cublasGemmEx", api.gemm_ex);
+  find("cublasGetStatusName", api.status_name);
   return api;
 }
 

@@ -22,7 +22,10 @@ struct CublasApi {
                  const void* a, cudaDataType_t a_type, int lda, const void* b,
                  cudaDataType_t b_type, int ldb, const void* beta, void* c, cudaDataType_t c_type,
                  int ldc, int compute_type, int algorithm);
+  const char* (*status_name)(int status);
 };
+
+constexpr int kCublasAllocFailed = 3;  // CUBLAS_STATUS_ALLOC_FAILED
 
 constexpr int kCublasNoTranspose = 0;
 constexpr int kCublasTranspose = 1;

@@ -6,8 +6,12 @@
 namespace frspec::cuda {
 namespace {
 
-void check_cublas(int status, const char* doing) {
-  FRSPEC_CHECK(status == 0, DeviceError, doing, ": cuBLAS status ", status);
+template <typename... Doing>
+void check_cublas(int status, const Doing&... doing) {
+  if (status == 0) return;
+  const std::string message = concat(doing..., ": ", cublas_api().status_name(status));
+  if (status == kCublasAllocFailed) throw MemoryPlanError(message);
+  throw DeviceError(message);
 }
 
 cudaDataType_t data_type(DType dtype) {
@@ -43,8 +47,8 @@ void CublasHandle::multiply(const Tensor& out, const Tensor& x, const void* w, f
       static_cast<int>(x.rows), in_features, &one, w, data_type(x.dtype), in_features, x.data,
       data_type(x.dtype), static_cast<int>(x.stride), &beta, out.data, data_type(out.dtype),
       static_cast<int>(out.stride), kCublasCompute32F, kCublasDefaultAlgorithm);
-  FRSPEC_CHECK(status == 0, DeviceError, "linear: cuBLAS status ", status, " for [", x.rows, ", ",
-               x.cols, "] x [", out.cols, ", ", x.cols, "]");
+  check_cublas(status, "linear: cuBLAS's product of [", x.rows, ", ", x.cols, "] and [", out.cols,
+               ", ", x.cols, "]");
 }
 
 }  // namespace frspec::cuda

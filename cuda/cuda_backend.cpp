@@ -27,7 +27,7 @@ void check_device(int device) {
   check(cudaRuntimeGetVersion(&runtime), "asking for the runtime's version");
   FRSPEC_CHECK(driver != 0, DeviceError, "no NVIDIA driver was found (libcuda.so.1)");
   FRSPEC_CHECK(driver / 1000 >= runtime / 1000, DeviceError, "the NVIDIA driver supports CUDA ",
-               version_text(driver), "; this build needs ", version_text(runtime), " or newer");
+               version_text(driver), "; this build needs ", runtime / 1000, ".0 or newer");
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error == cudaErrorNoDevice) count = 0;

@@ -247,16 +247,22 @@ void Engine::check_request(std::span<const int32_t> prompt, const Request& reque
                draft_model_ ? concat("one for '", method_name(draft_method()), "'") : "none");
 }
 
+int32_t Engine::check_accept_length(double accept_length) const {
+  FRSPEC_CHECK(draft_model_ != nullptr, RequestError, "planting needs a drafter");
+  const int32_t depth = std::min(draft_model_->tree_depth(), draft_model_->tree_nodes() - 1);
+  FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
+               "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
+               accept_length);
+  return depth;
+}
+
 void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   FRSPEC_CHECK(options_.plant && draft_model_ != nullptr && loaded_, RequestError,
                "planting needs a loaded engine with a drafter and EngineOptions::plant");
   FRSPEC_CHECK(static_cast<int64_t>(recorded.size()) <= max_context_, RequestError,
                "the recorded sequence has ", recorded.size(), " tokens, max_context is ",
                max_context_);
-  const int32_t depth = std::min(draft_model_->tree_depth(), draft_model_->tree_nodes() - 1);
-  FRSPEC_CHECK(accept_length >= 1.0 && accept_length <= depth + 1.0, RequestError,
-               "accept_length must be 1 to ", depth + 1, " for a tree of depth ", depth, ", found ",
-               accept_length);
+  const int32_t depth = check_accept_length(accept_length);
   plants_ = !recorded.empty();
   if (!plants_) return;
   backend_->upload(planted_tokens_, recorded.data(), recorded.size() * sizeof(int32_t));

@@ -81,6 +81,8 @@ class Engine {
   // and continuation, as plain decoding wrote it) planted into their trees, so that they accept
   // accept_length tokens on average (plant.h). Empty: ends that.
   void plant(std::span<const int32_t> recorded, double accept_length);
+  // RequestError unless the trees are deep enough for that, loaded or not; their depth.
+  int32_t check_accept_length(double accept_length) const;
 
   // Begins a sequence. The longest usable prefix of the previous one is kept in the KV cache; the
   // rest of the prompt is computed by the following steps. RequestError leaves the previous state

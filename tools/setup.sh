@@ -41,7 +41,7 @@ command -v "$python" >/dev/null || fail "python3 (3.10 or newer) is missing"
 # What the installed package is made of.
 state() {
   "$python" - "$venv" "${CXX:-}" "${CXXFLAGS:-}" "${CMAKE_ARGS:-}" "${FRSPEC_CUDA_ARCHS:-}" \
-    "$(command -v nvcc || true)" <<'PYTHON'
+    "$(command -v nvcc || true)" "${CUDA_HOME:-}" "${CUDA_PATH:-}" <<'PYTHON'
 import hashlib
 import pathlib
 import sys
@@ -139,6 +139,8 @@ fi
 say "fetching build tools"
 install "${tools[@]}"
 
+# Options of an earlier build would stay in force; objects are kept.
+rm -f build/cp*/CMakeCache.txt
 say "building and installing frspec (some minutes the first time)"
 if [ "$purpose" = run ]; then
   install --no-build-isolation .

@@ -1,5 +1,6 @@
 // What the backend keeps between ops: a product whose parts are not added yet is whole for whatever
 // comes next, recorded or not.
+#include <cmath>
 #include <functional>
 #include <stdexcept>
 
@@ -213,6 +214,80 @@ TEST_CASE("a prompt's product waits for the parts of the one in front") {
     prompt_product();
   });
   CHECK(equal_bits(got.data(), want.data(), static_cast<int64_t>(want.size())));
+}
+
+TEST_CASE("a prompt's product has its bias and its residual") {
+  Products p;
+  std::vector<float> bias(kOut);
+  for (int64_t i = 0; i < kOut; ++i) bias[static_cast<size_t>(i)] = static_cast<float>(i) - 60.0f;
+  const DeviceArray<float> of_device(bias);
+  LinearWeight with_bias = p.first();
+  with_bias.bias = of_device.data();
+  const auto multiply = [&](const LinearWeight& w, bool adds) {
+    return p.after([&] {
+      const Tensor residual = p.hidden(kPromptRows);
+      p.backend().linear(p.result(kPromptRows), p.x(kPromptRows), w, Rows::kPrompt,
+                         adds ? &residual : nullptr);
+    });
+  };
+  const std::vector<float> plain = multiply(p.first(), false);
+  const std::vector<float> biased = multiply(with_bias, false);
+  const std::vector<float> added = multiply(with_bias, true);
+  const size_t rows = kPromptRows * kOut;  // of hidden, then of the results
+  for (size_t i = 0; i < rows; ++i) {
+    const float want = plain[rows + i] + bias[i % kOut];
+    // Each of the values is rounded to bf16.
+    const float allowed = 0x1p-8f * (std::fabs(plain[rows + i]) + std::fabs(want)) + 1e-3f;
+    CHECK(std::fabs(biased[rows + i] - want) <= allowed);
+    CHECK(std::fabs(added[rows + i] - want - added[i]) <=
+          allowed + 0x1p-7f * (std::fabs(added[i]) + std::fabs(want)));
+  }
+}
+
+TEST_CASE("work of another kind, size or bound of the sequence has a recording of its own") {
+  Products p;
+  std::vector<WorkKey> keys{{WorkKey::kPlainRound, 1, 512},
+                            {WorkKey::kPlainRound, 1, 1024},
+                            {WorkKey::kPlainRound, 2, 512},
+                            {WorkKey::kDraftedRound, 1, 512},
+                            {WorkKey::kDraftedRound, 1, 512, true}};
+  // Each copies another row to the front; the first two turns are not replays.
+  for (int turn = 0; turn < 4; ++turn) {
+    for (size_t i = 0; i < keys.size(); ++i) {
+      CAPTURE(turn);
+      CAPTURE(i);
+      const int32_t* rows = p.rows() + (i < 4 ? i : 5);
+      const std::vector<float> got = p.after([&] {
+        p.backend().run(keys[i], [&] { p.backend().gather_rows(p.result(1), p.hidden(), rows); });
+      });
+      const std::vector<float> want =
+          p.after([&] { p.backend().gather_rows(p.result(1), p.hidden(), rows); });
+      CHECK(equal_bits(got.data(), want.data(), static_cast<int64_t>(want.size())));
+    }
+  }
+}
+
+TEST_CASE("a recording that fails leaves nothing behind") {
+  Products p;
+  const WorkKey key{WorkKey::kPlainRound, 1, 0};
+  const auto work = [&] {
+    p.backend().gather_rows(p.result(), p.hidden(), p.rows());
+    p.backend().mark(0);
+  };
+  const std::vector<float> want = p.after(work);
+  p.after([&] { p.backend().run(key, work); });
+  CHECK_THROWS_AS(p.backend().run(key,
+                                  [&] {
+                                    work();
+                                    throw std::runtime_error("planned");
+                                  }),
+                  std::runtime_error);
+  // Neither the stream nor the marks take themselves to be recorded still.
+  CHECK(p.after(work) == want);
+  p.backend().mark(1);
+  p.backend().synchronize();
+  CHECK(p.backend().seconds_between(0, 1) >= 0);
+  for (int turn = 0; turn < 2; ++turn) CHECK(p.after([&] { p.backend().run(key, work); }) == want);
 }
 
 TEST_CASE("a download and a post see a product whole") {

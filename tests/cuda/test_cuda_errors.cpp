@@ -129,8 +129,14 @@ TEST_CASE("a cuBLAS that cannot be set up is an error, and is tried again") {
        {"cublasCreate", "cublasSetStream", "cublasSetWorkspace", "cublasSetMathMode"}) {
     CAPTURE(call);
     Engine engine(tiny_options());
-    emulation::fail_next(call, cudaErrorUnknown);
-    CHECK_THROWS_WITH_AS(engine.load(), doctest::Contains("cuBLAS status"), DeviceError);
+    constexpr int kExecutionFailed = 13;
+    constexpr int kAllocFailed = 3;
+    emulation::fail_next(call, static_cast<cudaError_t>(kExecutionFailed));
+    CHECK_THROWS_WITH_AS(engine.load(), doctest::Contains(": CUBLAS_STATUS_EXECUTION_FAILED"),
+                         DeviceError);
+    emulation::fail_next(call, static_cast<cudaError_t>(kAllocFailed));
+    CHECK_THROWS_WITH_AS(engine.load(), doctest::Contains(": CUBLAS_STATUS_ALLOC_FAILED"),
+                         MemoryPlanError);
     engine.load();
     CHECK(generate(engine).size() == 12);
   }

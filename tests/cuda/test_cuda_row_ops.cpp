@@ -1,7 +1,9 @@
 // RMSNorm, RoPE with append, gathers and the commit of accepted KV rows.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda_test_support.h"
+#include "synthetic.h"
 
 namespace frspec::cuda {
 
@@ -241,6 +243,24 @@ TEST_CASE("commit_kv moves the accepted path to the front, in every layer and he
                   memory.row(r));
       }
       memory.upload();
+    }
+  }
+}
+
+TEST_CASE("random weights come from the seed and the element alone") {
+  for (const DType dtype : kElementTypes) {
+    for (const auto& [rows, cols] : {std::pair{3, 8}, {70, 136}}) {
+      Stream stream;
+      DeviceMatrix out(dtype, rows, cols);
+      fill_random(out.tensor(), 77, stream);
+      out.download(stream);
+      DeviceMatrix want(dtype, rows, cols);
+      const float scale = std::sqrt(3.0f / static_cast<float>(cols));
+      for (int64_t i = 0; i < rows * cols; ++i) {
+        want.row(i / cols)[i % cols] = scale * synthetic_element(77, i);
+      }
+      want.upload();
+      for (int64_t r = 0; r < rows; ++r) CHECK(equal_bits(out.row(r), want.row(r), cols));
     }
   }
 }

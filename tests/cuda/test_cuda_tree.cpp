@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cuda_test_support.h"
+#include "plant.h"
 
 namespace frspec::cuda {
 namespace {
@@ -226,6 +227,48 @@ TEST_CASE("a tree of fixed shape equals the CPU's") {
                       d.tree_root(device), stream);
     CHECK(d.memory.same(stream));
     CHECK(host(int32_t{}, d.tokens)[0] == 5);
+  }
+}
+
+TEST_CASE("a planted tree equals the CPU's") {
+  const auto cpu = cpu::make_cpu_backend(1);
+  Stream stream;
+  Random random(8);
+  for (const auto& [depth, nodes] :
+       {std::pair{1, 2}, {3, 4}, {6, 60}, {2, 60}, {5, 65}, {6, 256}, {4, 3}}) {
+    for (const float acceptance : {0.0f, 0.6f, 1.0f}) {
+      CAPTURE(depth);
+      CAPTURE(nodes);
+      CAPTURE(acceptance);
+      Draft d(depth, 10, nodes);
+      const size_t recorded = d.memory.take<int32_t>(400);
+      const size_t plant = d.memory.take<Plant>(1);
+      const auto host = [&](auto type, size_t field) {
+        return d.memory.host<decltype(type)>(field);
+      };
+      const auto device = [&](auto type, size_t field) {
+        return d.memory.device<decltype(type)>(field);
+      };
+      for (int32_t i = 0; i < 400; ++i) {
+        host(int32_t{}, recorded)[i] = static_cast<int32_t>(random.below(40));
+      }
+      // A tree of a random shape; near the recording's end in every second case.
+      host(int32_t{}, d.base)[0] = nodes % 2 == 0 ? 396 : 100;
+      host(int32_t{}, d.parents)[0] = -1;
+      for (int32_t i = 0; i < nodes; ++i) {
+        if (i > 0) host(int32_t{}, d.parents)[i] = static_cast<int32_t>(random.below(i));
+        host(int32_t{}, d.tokens)[i] = static_cast<int32_t>(random.below(40));
+      }
+      const auto planted = [&](const auto& at) {
+        return Plant{at(int32_t{}, recorded), 400, depth, acceptance, 40};
+      };
+      *host(Plant{}, plant) = planted(device);
+      d.memory.upload();
+      const Plant of_host = planted(host);
+      cpu->plant_tree(d.tree(host), &of_host);
+      plant_tree(d.tree(device), device(Plant{}, plant), stream);
+      CHECK(d.memory.same(stream));
+    }
   }
 }
 

@@ -188,11 +188,28 @@ int gemm_ex(void* handle, int op_a, int op_b, int m, int n, int k, const void* a
   return error == cudaSuccess ? kSuccess : kExecutionFailed;
 }
 
+const char* status_name(int status) {
+  switch (status) {
+    case kNotInitialized:
+      return "CUBLAS_STATUS_NOT_INITIALIZED";
+    case kCublasAllocFailed:
+      return "CUBLAS_STATUS_ALLOC_FAILED";
+    case kInvalidValue:
+      return "CUBLAS_STATUS_INVALID_VALUE";
+    case kExecutionFailed:
+      return "CUBLAS_STATUS_EXECUTION_FAILED";
+    case kNotSupported:
+      return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default:
+      return "an unknown status of cuBLAS";
+  }
+}
+
 }  // namespace
 
 const CublasApi& cublas_api() {
-  static constexpr CublasApi kApi{create,        destroy,       set_stream,
-                                  set_workspace, set_math_mode, gemm_ex};
+  static constexpr CublasApi kApi{create,        destroy, set_stream, set_workspace,
+                                  set_math_mode, gemm_ex, status_name};
   return kApi;
 }
 

@@ -43,6 +43,7 @@ cudaError_t record_event(const char* name, cudaEvent_t event, cudaStream_t strea
       event->nodes = stream->tail;
       return cudaSuccess;
     }
+    if (flags == cudaEventRecordExternal) return cudaErrorInvalidValue;  // of captures alone
     event->capture = nullptr;
     event->nodes.clear();
     if (state->timing || stream == nullptr) {

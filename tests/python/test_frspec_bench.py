@@ -205,6 +205,14 @@ def test_refusals(model, tmp_path) -> None:
             [*drafting(model), "--prompt-tokens", 20, "--plant-accept-length", 1, 2],
             "each of the 1 conf",
         ),
+        ([*drafting(model), "--plant-accept-length", 0], "from 1 on, found 0"),
+        ([*drafting(model), "--plant-accept-length", "-1"], "from 1 on, found -1"),
+        ([*drafting(model), "--plant-accept-length", "nan"], "from 1 on, found nan"),
+        (
+            [*drafting(model), "--prompt-tokens", 20]
+            + ["--trees", "2x3x8", "--plant-accept-length", 3.5],
+            "accept_length must be 1 to 3 for a tree of depth 2, found 3.5",
+        ),
         ([*drafting(model), "--vocab-sizes", "many"], "expected a number or full, found 'many'"),
         ([*drafting(model), "--vocab-sizes", "0"], "expected a number or full, found '0'"),
         ([*drafting(model), "--trees", "6x10"], "--trees: expected DEPTHxTOPKxTOKENS"),

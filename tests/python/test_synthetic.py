@@ -77,11 +77,30 @@ def test_a_plan_beyond_all_memory(tmp_path) -> None:
 
 def test_refusals(tmp_path, synthetic) -> None:
     (tmp_path / "list.json").write_text("[1]")
+    config = json.loads((synthetic / "config.json").read_text())
+    for name, changes in [
+        ("architecture", {"architectures": ["MixtralForCausalLM"]}),
+        ("scaling", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        ("vocabulary", {"vocab_size": 300_000_000}),
+        ("head", {"head_dim": 20}),
+    ]:
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | changes))
+    (tmp_path / "sizes.json").write_text('{"vocab_size": 100, "hidden_size": 64}')
     for config, out, message in [
+        (tmp_path / "architecture.json", "out", "architecture.json: architectures: expected Llama"),
+        (tmp_path / "scaling.json", "out", "rope_scaling"),
+        (tmp_path / "vocabulary.json", "out", "vocab_size: expected an integer"),
+        (tmp_path / "head.json", "out", "head_dim"),
+        (tmp_path / "sizes.json", "out", "sizes.json"),
         ("llama-4", "out", "expected llama-3-8b, llama-3.2-1b"),
         (tmp_path / "list.json", "out", "expected an object, found list"),
         ("llama-3-8b", synthetic, "expected a new or empty folder"),
     ]:
         done = run_frspec("make-synthetic", "--config", config, tmp_path / out)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+    for seed in (-1, 2**31):
+        done = run_frspec(
+            "make-synthetic", "--config", "llama-3.2-1b", "--seed", seed, tmp_path / "out"
+        )
+        assert done.returncode == 2 and f"found {seed}" in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -110,7 +111,11 @@ std::vector<Configuration> parse_configurations(const Words& words) {
   FRSPEC_CHECK(lengths.empty() || lengths.size() == configurations.size(), RequestError,
                "--plant-accept-length: expected a length for each of the ", configurations.size(),
                " configurations, found ", lengths.size());
-  for (size_t i = 0; i < lengths.size(); ++i) configurations[i].accept_length = lengths[i];
+  for (size_t i = 0; i < lengths.size(); ++i) {
+    FRSPEC_CHECK(std::isfinite(lengths[i]) && lengths[i] >= 1, RequestError,
+                 "--plant-accept-length: expected numbers from 1 on, found ", lengths[i]);
+    configurations[i].accept_length = lengths[i];
+  }
   return configurations;
 }
 

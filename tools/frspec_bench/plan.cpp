@@ -77,6 +77,7 @@ Plan make_plan(const Settings& settings) {
   size_t available = 0;
   for (const Configuration& each : settings.configurations) {
     const Engine engine(with_configuration(plan.engine, each));
+    if (each.accept_length > 0) engine.check_accept_length(each.accept_length);
     const DeviceInfo device = engine.device();
     plan.device = device.description;
     available = device.available_bytes;

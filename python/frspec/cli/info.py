@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             raise RequestError(f"--{option.replace('_', '-')} needs a --model")
     facts: dict[str, Any] = {"build": _describe_build()}
     if args.model is not None:
-        facts |= _describe_model(args, facts["build"]["devices"])
+        facts |= _describe_model(args)
     if args.json:
         write_json(facts)
         return 0
@@ -75,16 +75,14 @@ def _describe_build() -> dict[str, Any]:
     }
 
 
-def _describe_model(args: argparse.Namespace, devices: list[dict[str, Any]]) -> dict[str, Any]:
+def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
     engine, folder = plan_engine(**generator_options(args))
     config = _read_config(folder)
     heads = config["num_attention_heads"]
     plan = dict(engine.plan)
-    kind = engine.device.split(":")[0]
-    available = next((d["available_bytes"] for d in devices if d["name"] == kind), None)
+    available = engine.available_bytes
     if args.memory_limit is not None:
-        limits = [args.memory_limit, available]
-        available = min(limit for limit in limits if limit is not None)
+        available = min(args.memory_limit, available)
     total = sum(plan.values())
     return {
         "model": {
@@ -104,7 +102,7 @@ def _describe_model(args: argparse.Namespace, devices: list[dict[str, Any]]) -> 
             "plan": plan,
             "total_bytes": total,
             "available_bytes": available,
-            "fits": None if available is None else total <= available,
+            "fits": total <= available,
         },
     }
 
@@ -148,6 +146,5 @@ def _print_plan(memory: dict[str, Any]) -> None:
     rows.append(["total", f"{memory['total_bytes']:,}"])
     title = f"memory plan on {memory['device']} for a context of {memory['max_context']:,} tokens"
     write_table(title, ["", "bytes"], rows)
-    if memory["available_bytes"] is not None:
-        verdict = "fits into" if memory["fits"] else "does not fit into"
-        print(f"{verdict} the {memory['available_bytes']:,} bytes available")
+    verdict = "fits into" if memory["fits"] else "does not fit into"
+    print(f"{verdict} the {memory['available_bytes']:,} bytes available")

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..convert.layout import config_count, read_config
+from ..convert.layout import check_config, read_config
 from ..convert.output import check_destination, staged_folder, write_json
-from ..errors import ModelError
+from ..errors import ConversionError, MemoryPlanError, ModelError, RequestError
 from ..files import user_path
 from ..ranking import Ranking
 
@@ -76,6 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+_LARGEST_SEED = 2**31 - 1
 _MEDUSA_HEADS = 5  # as trained in the paper (arXiv 2401.10774, section 3)
 
 _EPILOG = """\
@@ -112,6 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises a FrspecError when it cannot."""
+    if not 0 <= args.seed <= _LARGEST_SEED:
+        raise RequestError(f"--seed: expected 0 to {_LARGEST_SEED}, found {args.seed}")
     config = _read_config(args.config) | {"frspec_synthetic_seed": args.seed}
     out = user_path(args.out)
     sources = [] if args.config in SHAPES else [user_path(args.config)]
@@ -149,6 +152,10 @@ def _read_config(name: str) -> dict[str, Any]:
             f"--config: expected {', '.join(SHAPES)} or a config.json, found {name!r}, no such file"
         )
     config = read_config(path)
-    for key in ("vocab_size", "hidden_size"):
-        config_count(config, key, path)
+    try:
+        check_config(config, path)
+    except MemoryPlanError:
+        pass  # a shape may be larger than this machine
+    except ConversionError as error:
+        raise ModelError(str(error)) from None
     return config
