@@ -25,7 +25,24 @@
 #   FRSPEC_CUDA_ARCHS, CUDA_HOME   compute capabilities (default: the GPU's), toolkit
 #   FRSPEC_COMMIT  the commit, where git cannot tell
 #   FRSPEC_REPORT_LIMIT   seconds for each piece, instead of the limits below
+#
+# Exit status: 0; 1 when a piece failed, 3 when none passed and none failed (no GPU, say), 2 for a
+# wrong command line, 130 or 143 when it was interrupted, which keeps what there is.
 set -uo pipefail
+
+fail() {
+  echo "gpu_report: error: $*" >&2
+  exit 2
+}
+case ${1:-} in
+-h | --help)
+  sed '1d;/^[^#]/Q;s/^# \?//' "${BASH_SOURCE[0]}"
+  exit
+  ;;
+"" | -*) fail "expected a folder to write to, found '${1:-}' (--help says more)" ;;
+esac
+[[ -z ${FRSPEC_REPORT_LIMIT:-} || $FRSPEC_REPORT_LIMIT =~ ^[1-9][0-9]{0,6}$ ]] ||
+  fail "FRSPEC_REPORT_LIMIT: expected seconds, found '$FRSPEC_REPORT_LIMIT'"
 
 ALL=(build tests exactness bench shapes sanitizer resources transformers)
 declare -A LIMIT=([build]=110 [tests]=45 [exactness]=50 [bench]=50 [shapes]=40 [sanitizer]=130
@@ -254,6 +271,11 @@ piece_sanitizer() {
 
 piece_resources() {
   compgen -G "$build/cuda/*.ptxas" >/dev/null || skip "no kernels are built"
+  local source
+  for source in cuda/*.cu; do
+    source=${source##*/}
+    [ -e "$build/cuda/${source%.cu}.ptxas" ] || { echo "$source is not built" && return 1; }
+  done
   python3 tools/kernel_resources.py "$build" --json "$out/pieces/resources.kernels.json"
 }
 
@@ -273,12 +295,7 @@ piece_transformers() {
 
 # ==== Running them
 
-fail() {
-  echo "gpu_report: error: $*" >&2
-  exit 2
-}
-[ $# -ge 1 ] || fail "expected a folder to write to (see the head of $0)"
-out=$(realpath -m "$1")
+out=$(realpath -m -- "$1") || exit 2
 shift
 for folder in FRSPEC_DEPS FRSPEC_MODELS FRSPEC_BUILD; do
   [ -z "${!folder:-}" ] || export "$folder=$(realpath -m "${!folder}")"
@@ -302,7 +319,19 @@ done
 mkdir -p "$out/logs" "$out/pieces" || fail "$out cannot be written"
 python3 tools/gpu_report.py machine "$out" || exit 2
 failed=0
+passed=0
 written=1
+child=
+# Of the running piece, which has a process group of its own, all processes.
+interrupted() {
+  trap "" INT TERM
+  [ -z "$child" ] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null
+  echo "interrupted"
+  python3 tools/gpu_report.py write "$out"
+  exit "$1"
+}
+trap "interrupted 130" INT
+trap "interrupted 143" TERM
 for piece in "${pieces[@]}"; do
   limit=$((BUDGET - SECONDS - 5 < LIMIT[$piece] ? BUDGET - SECONDS - 5 : LIMIT[$piece]))
   [ $limit -ge 5 ] || limit=5
@@ -311,13 +340,18 @@ for piece in "${pieces[@]}"; do
   rm -f "$out/pieces/$piece".* "$out/logs/$piece".*
   start=$SECONDS
   code=0
+  # In the background: bash answers signals while it waits, not while a command runs.
   FRSPEC_REPORT_LIMIT=$limit timeout -k 5 "$limit" \
-    bash tools/gpu_report.sh "$out" --run "$piece" >"$log" 2>&1 || code=$?
+    bash tools/gpu_report.sh "$out" --run "$piece" >"$log" 2>&1 &
+  child=$!
+  wait "$child" || code=$?
+  child=
   status=$(python3 tools/gpu_report.py record "$out" "$piece" $code $((SECONDS - start))) || exit 2
   printf '[%4d s] %s: %s\n' $SECONDS "$piece" "$status"
   python3 tools/gpu_report.py write "$out" && written=1 || written=0
-  case $code in 0 | "$SKIPPED") ;; *) failed=1 && tail -n 5 "$log" | sed 's/^/         | /' ;; esac
+  case $code in 0) passed=1 ;; "$SKIPPED") ;; *) failed=1 && tail -n 5 "$log" | sed 's/^/         | /' ;; esac
 done
 [ $written = 1 ] || fail "$out/report.md could not be written"
 echo "$out/report.md is written"
+[ $((failed + passed)) -gt 0 ] || exit 3
 exit $failed

@@ -17,7 +17,13 @@ fail() {
   echo "gpu_report_deps: error: $*" >&2
   exit 2
 }
-[ $# -ge 1 ] || fail "expected a folder to write to"
+case ${1:-} in
+-h | --help)
+  sed '1d;/^[^#]/Q;s/^# \?//' "${BASH_SOURCE[0]}"
+  exit
+  ;;
+"" | -*) fail "expected a folder to write to, found '${1:-}' (--help says more)" ;;
+esac
 mkdir -p "$1"
 deps=$(realpath "$1")
 shift

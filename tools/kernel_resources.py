@@ -135,7 +135,12 @@ def main() -> int:
     archs = sorted({k.arch for k in kernels}, key=arch_number)
     print_table(kernels, archs)
     if args.json:
-        args.json.write_text(json.dumps([dataclasses.asdict(k) for k in kernels], indent=1) + "\n")
+        listed = json.dumps([dataclasses.asdict(k) for k in kernels], indent=1) + "\n"
+        try:
+            args.json.write_text(listed)
+        except OSError as error:
+            print(f"kernel_resources: error: {error}", file=sys.stderr)
+            return 2
 
     spilling = [k for k in kernels if k.spilled > 0]
     for k in spilling:

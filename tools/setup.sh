@@ -25,6 +25,10 @@ case $purpose in
   run) enough=(run test ci) ;; # the purposes whose set-up serves this one
   test) enough=(test ci) ;;
   ci) enough=(ci) ;;
+  -h | --help)
+    sed '1d;/^[^#]/Q;s/^# \?//' tools/setup.sh
+    exit
+    ;;
   *) fail "expected run, test or ci, found '$purpose'" ;;
 esac
 python=${PYTHON:-python3}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,7 +212,7 @@ def gpu_report(*args: object, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
 def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path) -> None:
     done = gpu_report(tmp_path / "out", "tests", "bench", FRSPEC_BUILD=str(tmp_path / "build"))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     assert "tests: skipped: no GPU" in done.stdout
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# GPU report: no GPU\n")
@@ -219,15 +221,34 @@ def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path) -> None:
     assert "| shapes | not run |" in text
 
 
-@pytest.mark.parametrize(("args", "named"), [(["out", "benches"], "'benches'"), ([], "a folder")])
-def test_a_wrong_command_line_is_refused(tmp_path, args, named) -> None:
-    done = gpu_report(*args)
+@pytest.mark.parametrize(
+    ("args", "limit", "named"),
+    [
+        (["out", "benches"], "9", "'benches'"),
+        ([], "9", "a folder"),
+        ([""], "9", "a folder"),
+        (["--out"], "9", "found '--out'"),
+        (["out", "tests"], "abc", "FRSPEC_REPORT_LIMIT: expected seconds, found 'abc'"),
+        (["out", "tests"], "0", "expected seconds, found '0'"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(args, limit, named) -> None:
+    done = gpu_report(*args, FRSPEC_REPORT_LIMIT=limit)
     assert done.returncode == 2
-    assert done.stderr.startswith("gpu_report: error: expected ")
+    assert done.stderr.startswith("gpu_report: error: ") and done.stderr.count("\n") == 1
     assert named in done.stderr
 
 
-def pretend(tmp_path: Path, tests: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+@pytest.mark.parametrize("script", ["gpu_report.sh", "gpu_report_deps.sh", "setup.sh"])
+def test_scripts_have_help(script) -> None:
+    done = subprocess.run(
+        ["bash", str(TOOLS / script), "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"usage: tools/{script} " in done.stdout and "#" not in done.stdout
+
+
+def pretend_programs(tmp_path: Path, tests: str) -> dict[str, str]:
     """A GPU that only nvidia-smi sees, and cuda_tests that does what `tests` says."""
     programs, build = tmp_path / "bin", tmp_path / "build"
     for path, script in (
@@ -238,10 +259,12 @@ def pretend(tmp_path: Path, tests: str) -> tuple[subprocess.CompletedProcess[str
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-    done = gpu_report(
-        tmp_path / "out", "tests", "bench", "shapes",
-        FRSPEC_BUILD=str(build), PATH=f"{programs}:{os.environ['PATH']}",
-    )  # fmt: skip
+    return {"FRSPEC_BUILD": str(build), "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+def pretend(tmp_path: Path, tests: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    environment = pretend_programs(tmp_path, tests)
+    done = gpu_report(tmp_path / "out", "tests", "bench", "shapes", **environment)
     return done, json.loads((tmp_path / "out" / "report.json").read_text())["pieces"]
 
 
@@ -286,3 +309,34 @@ def test_tests_that_do_not_end_cost_no_other_piece_its_time(tmp_path) -> None:
     assert done.returncode == 1
     assert pieces["shapes"]["status"] == "skipped"
     assert pieces["shapes"]["last_line"] == "the tests of test_cuda_linear.cpp did not end"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_running_piece_and_keeps_the_report(tmp_path, number, status) -> None:
+    environment = pretend_programs(tmp_path, f"echo $$ >>{tmp_path}/started; exec sleep 600")
+    # In the foreground of a terminal nobody ignores SIGINT; where these tests run, somebody may.
+    running = subprocess.Popen(
+        ["bash", str(TOOLS / "gpu_report.sh"), str(tmp_path / "out"), "tests", "bench"],
+        stdout=subprocess.PIPE, text=True, env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while not (tmp_path / "started").exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(number)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == status
+    assert said.endswith("interrupted\n") and "bench" not in said
+    assert (tmp_path / "out" / "report.md").exists()
+    for process in (tmp_path / "started").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
+
+
+def test_resources_need_every_kernel_file(tmp_path) -> None:
+    environment = pretend_programs(tmp_path, "exit 1")
+    kernels = tmp_path / "build" / "cuda"
+    kernels.mkdir()
+    (kernels / "linear.ptxas").write_text("")
+    done = gpu_report(tmp_path / "out", "resources", **environment)
+    assert done.returncode == 1
+    assert "resources: failed" in done.stdout and "attention.cu is not built" in done.stdout

@@ -85,3 +85,9 @@ def test_nothing_to_read_is_an_error(tmp_path, content) -> None:
     done = run_tool(path)
     assert done.returncode == 2
     assert done.stderr.startswith("kernel_resources: error: ")
+
+
+def test_a_list_that_cannot_be_written_is_an_error(build, tmp_path) -> None:
+    done = run_tool(build, "--json", tmp_path / "no" / "folder")
+    assert done.returncode == 2
+    assert done.stderr.startswith("kernel_resources: error: ") and done.stderr.count("\n") == 1
