@@ -164,9 +164,9 @@ NB_MODULE(_core, m) {
       .def_prop_ro("device", [](const Engine& self) { return self.device().name; })
       .def_prop_ro("device_description",
                    [](const Engine& self) { return self.device().description; })
-      .def_prop_ro("available_bytes",
-                   [](const Engine& self) { return self.device().available_bytes; },
-                   "Memory that the device still has.")
+      .def_prop_ro(
+          "available_bytes", [](const Engine& self) { return self.device().available_bytes; },
+          "Memory that the device still has.")
       .def_prop_ro("dtype",
                    [](const Engine& self) { return std::string(dtype_name(self.dtype())); })
       .def_prop_ro("max_context", &Engine::max_context)
