@@ -193,11 +193,12 @@ class BulkPipeline {
     }
     tokens_k_ += kDepth;
   }
-  __device__ __forceinline__ void asked() { __syncwarp(); }
+  __device__ __forceinline__ void asked() { __syncwarp(); }  // behind what one thread did
   // The barriers are initialised for all.
   __device__ __forceinline__ void start() { __syncthreads(); }
   __device__ __forceinline__ void wait(int place) {
     barrier_wait(barriers_ + place, parity_);
+    __syncwarp();  // for what a warp has to do together
     if (place == kStages - 1) parity_ ^= 1;
   }
 
