@@ -184,6 +184,9 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
     const int position = shared_positions(visible) + i % kMaxTail;
     slots[i] = position < visible ? slot_of(p, row, position) : -1;
   }
+  const int own_row = warp < jobs ? row_of(warp) : 0;
+  const int own_visible = visible_positions(p, own_row);
+  const int count = own_visible - shared_positions(own_visible);
   dependency_wait();
   __syncthreads();
   const T* q = static_cast<const T*>(p.q);
@@ -204,9 +207,6 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
   copy_async_wait<0>();
   __syncthreads();
   if (warp >= jobs) return;
-  const int row = row_of(warp);
-  const int visible = visible_positions(p, row);
-  const int count = visible - shared_positions(visible);
   WarpState<kDim> state;
   state.clear();
 #pragma unroll 1
@@ -217,7 +217,7 @@ __device__ __forceinline__ void attend_own(const AttentionParams& p, int block, 
   }
   store_part<kDim>(p, p.ranges, state, [&](int i) {
     const int head = head_of(warp, i);
-    return make_int2(head < p.group ? row : -1, kv_head * p.group + head);
+    return make_int2(head < p.group ? own_row : -1, kv_head * p.group + head);
   });
 }
 

@@ -55,11 +55,13 @@ struct AttentionParams {
   float2* partial_sums;
 };
 
+// What rows see is read before dependency_wait(), out of L2: what another grid left in L1 may be
+// older.
 __device__ __forceinline__ int visible_positions(const AttentionParams& p, int row) {
-  int count = p.prefix_length[row];
+  int count = __ldcg(p.prefix_length + row);
 #pragma unroll 1
   for (int word = 0; word < p.ancestor_words; ++word) {
-    count += __popcll(p.ancestors[static_cast<int64_t>(row) * p.ancestor_words + word]);
+    count += __popcll(__ldcg(p.ancestors + static_cast<int64_t>(row) * p.ancestor_words + word));
   }
   return count;
 }
@@ -71,13 +73,13 @@ __device__ __forceinline__ int shared_positions(int visible) {
 
 // The slot of logical position `position` of a row.
 __device__ __forceinline__ int slot_of(const AttentionParams& p, int row, int position) {
-  const int prefix = p.prefix_length[row];
+  const int prefix = __ldcg(p.prefix_length + row);
   if (position < prefix) return position;
   int index = position - prefix;  // of the ancestor, root first
   const uint64_t* words = p.ancestors + static_cast<int64_t>(row) * p.ancestor_words;
 #pragma unroll 1
   for (int word = 0; word < p.ancestor_words; ++word) {
-    uint64_t bits = words[word];
+    uint64_t bits = __ldcg(words + word);
     const int count = __popcll(bits);
     if (index >= count) {
       index -= count;
@@ -85,7 +87,7 @@ __device__ __forceinline__ int slot_of(const AttentionParams& p, int row, int po
     }
 #pragma unroll 1
     for (; index > 0; --index) bits &= bits - 1;
-    return *p.tree_base + word * 64 + __ffsll(static_cast<long long>(bits)) - 1;
+    return __ldcg(p.tree_base) + word * 64 + __ffsll(static_cast<long long>(bits)) - 1;
   }
   return 0;
 }

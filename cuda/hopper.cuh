@@ -39,6 +39,7 @@ FRSPEC_PTX void barrier_init(uint64_t* barrier) {
 // for __syncthreads(), too.
 FRSPEC_PTX void barrier_inits_done() {
   FRSPEC_HOPPER_PTX("fence.mbarrier_init.release.cluster;" ::: "memory");
+  FRSPEC_HOPPER_PTX("fence.proxy.async.shared::cta;" ::: "memory");
 }
 FRSPEC_PTX void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
   FRSPEC_HOPPER_PTX(

@@ -49,9 +49,10 @@ constexpr int kMaxDevices = 32;
 const KernelState& prepare_kernel(KernelState (&states)[kMaxDevices], const void* kernel,
                                   size_t shared_bytes, const char* name);
 
-// Every kernel calls dependency_launch(), most of them at once, and reads what others wrote after
-// dependency_wait() (ptx.cuh), so that each may be launched before the one in front of it has
-// ended. FRSPEC_PDL=0 in the environment launches them one after the other.
+// Every kernel calls dependency_launch(), most of them at once (products late, see linear.cu), and
+// reads what others wrote after dependency_wait() (ptx.cuh), so that each may be launched before
+// the one in front of it has ended. FRSPEC_PDL=0 in the environment launches them one after the
+// other.
 template <auto Kernel, typename... Args>
 void launch(const LaunchConfig& config, const char* name, Args&&... args) {
   static KernelState states[kMaxDevices];

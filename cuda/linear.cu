@@ -141,7 +141,8 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p, const Linea
       pipeline.ask_tokens(free_at);
     }
     pipeline.asked();
-    // On Hopper, what comes next may start behind the last copies; see below.
+    // On Hopper, what comes next may start behind the last copies. Never before dependency_wait():
+    // RoPE and attention read what was written before this product (attend_kernel says what).
     if (kHopper && s + kStages >= stages) dependency_launch();
     T* const of_weights = weights + at * kTileRows * kDepth;
     T* const of_tokens = tokens + at * kTokens * kDepth;
@@ -154,7 +155,8 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p, const Linea
     at = at + 1 == kStages ? 0 : at + 1;
   }
   if constexpr (kInGroups) wgmma_wait(sums);
-  // Not before: blocks that only wait take the memory's time from those that stream.
+  // Not before, and never before dependency_wait(), see above: blocks that only wait take the
+  // memory's time from those that stream.
   if (!kHopper) dependency_launch();
 
   // Through shared memory, so that global memory is written along the outputs.

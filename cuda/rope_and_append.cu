@@ -35,15 +35,16 @@ __global__ void __launch_bounds__(kThreads)
   float cosine = 1.0f;
   float sine = 0.0f;
   // Where rows are was written before the product in front, which has waited for that before it let
-  // this kernel start: it is read while the product still runs.
+  // this kernel start: it is read while the product still runs (out of L2; what another grid left
+  // in L1 may be older).
   if (has_pair && head >= query_heads) {
     const bool is_key = head < query_heads + kv_heads;
     const int kv_head = head - query_heads - (is_key ? 0 : kv_heads);
     to = (is_key ? keys : values) + kv_head * head_stride +
-         static_cast<int64_t>(slots[row]) * head_dim;
+         static_cast<int64_t>(__ldcg(slots + row)) * head_dim;
   }
   if (has_pair && head < query_heads + kv_heads) {
-    const float* cosines = rope + static_cast<int64_t>(positions[row]) * head_dim;
+    const float* cosines = rope + static_cast<int64_t>(__ldcg(positions + row)) * head_dim;
     cosine = cosines[j];
     sine = cosines[half + j];
   }

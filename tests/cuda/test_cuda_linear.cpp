@@ -4,6 +4,9 @@
 #include <tuple>
 
 #include "cuda_test_support.h"
+#ifdef FRSPEC_EMULATE_CUDA
+#include "emulation_config.h"
+#endif
 
 namespace frspec::cuda {
 namespace {
@@ -100,6 +103,8 @@ TEST_CASE("linear equals the double-precision product for ragged shapes") {
     }
     check_linear(dtype, dtype, 3, 576, 576, 1, true, true);
     check_linear(dtype, dtype, 1, 64, 8, 1, false, false);
+    check_linear(dtype, dtype, 40, 700, 1800, 1, false,
+                 false);  // more blocks, and stages than places
     check_linear(dtype, DType::kF32, 5, 1, 896, 1, false, false);
     for (const int parts : {2, 3, 4, 8}) {
       check_linear(dtype, dtype, 2, 200, 1032, parts, true, true);
@@ -107,6 +112,37 @@ TEST_CASE("linear equals the double-precision product for ragged shapes") {
     }
   }
 }
+
+#ifdef FRSPEC_EMULATE_CUDA
+// RoPE and attention read early what was written before the product in front of them.
+TEST_CASE("a product lets the next kernel start only when it has waited itself") {
+  Stream stream;
+  Random random(2);
+  const auto& early = emulation::statistics().launches_before_wait;
+  const DeviceMatrix x(DType::kBF16, 40, 640, random);
+  const TestWeight weight(DType::kBF16, 200, 640, random, false);
+  DeviceMatrix y(DType::kBF16, 40, 200);
+  const Scratch scratch(40, 200, false, split_in(2, 640));
+  check(cudaStreamSynchronize(stream), "test");
+  uint64_t before = early;
+  for (const int64_t n : {1, 16, 40}) {
+    for (const int parts : {1, 2}) {
+      const Tensor out = y.tensor().row_slice(0, n);
+      const Tensor in = x.tensor().row_slice(0, n);
+      const LinearSplit split = split_in(parts, 640);
+      if (parts == 1) linear(out, in, weight.weight(), nullptr, nullptr, split, {}, stream);
+      if (parts == 2)
+        linear_parts(out, in, weight.weight(), nullptr, split, scratch.view(), stream);
+      check(cudaStreamSynchronize(stream), "test");
+      CHECK(early == before);
+    }
+  }
+  const DeviceArray<float> scale(std::vector<float>(640, 1.0f));
+  rms_norm(x.tensor(), x.tensor(), scale.data(), 1e-5f, nullptr, stream);
+  check(cudaStreamSynchronize(stream), "test");
+  CHECK(early > before);  // a small kernel does at once
+}
+#endif
 
 TEST_CASE("linear may add to the residual in place") {
   Stream stream;

@@ -61,6 +61,8 @@ void wait_for_copies(uint32_t pending_groups);
 
 // Whether the thread has waited is checked when it ends (Config::require_dependency_wait).
 void wait_for_dependency();
+// Counted where the thread has not waited yet.
+void launch_dependents();
 
 }  // namespace emulation
 

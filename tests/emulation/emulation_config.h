@@ -93,6 +93,7 @@ struct Statistics {
   std::atomic<uint64_t> launches{0};
   std::atomic<uint64_t> blocks{0};
   std::atomic<uint64_t> ldmatrix_bank_conflicts{0};
+  std::atomic<uint64_t> launches_before_wait{0};  // dependency_launch() before dependency_wait()
 };
 Statistics& statistics();
 

@@ -284,10 +284,15 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
 
 }  // namespace emulation
 
+#if CUDART_VERSION >= 12050
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
-  return emulation::call_api("cudaGetDriverEntryPointByVersion", emulation::Need::kDevice, [&] {
+#else
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
+#endif
+  return emulation::call_api("cudaGetDriverEntryPoint", emulation::Need::kDevice, [&] {
     const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
     *function = known ? reinterpret_cast<void*>(emulation::encode_tensor_map) : nullptr;
     *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;

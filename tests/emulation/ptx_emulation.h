@@ -89,7 +89,7 @@ inline float exp2_approximate(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
-inline void dependency_launch() {}
+inline void dependency_launch() { emulation::launch_dependents(); }
 inline void dependency_wait() { emulation::wait_for_dependency(); }
 
 }  // namespace frspec::cuda

@@ -197,6 +197,11 @@ void wait_for_dependency() {
   acquire(&self.block->start_tag);
 }
 
+void launch_dependents() {
+  if (this_fiber->waited_for_dependency) return;
+  statistics().launches_before_wait.fetch_add(1, std::memory_order_relaxed);
+}
+
 void abandon_block(Fiber& self, std::string error) {
   Block& block = *self.block;
   block.error.swap(error);
