@@ -314,24 +314,37 @@ fi
 pieces=("$@")
 [ $# -gt 0 ] || pieces=("${ALL[@]}")
 for piece in "${pieces[@]}"; do
-  [ -n "${LIMIT[$piece]:-}" ] || fail "expected pieces of ${ALL[*]}, found '$piece'"
+  [ -n "$piece" ] && [ -n "${LIMIT[$piece]:-}" ] ||
+    fail "expected pieces of ${ALL[*]}, found '$piece'"
 done
 mkdir -p "$out/logs" "$out/pieces" || fail "$out cannot be written"
-python3 tools/gpu_report.py machine "$out" || exit 2
 failed=0
 passed=0
 written=1
-child=
-# Of the running piece, which has a process group of its own, all processes.
+# Ends the running piece, which has a process group of its own, and writes the report.
 interrupted() {
   trap "" INT TERM
-  [ -z "$child" ] || { kill -TERM "$child" && wait "$child"; } 2>/dev/null
+  local group
+  for group in $(jobs -pr); do # not a variable: a signal may come before it is set
+    end_group "$group" 2>/dev/null
+  done
   echo "interrupted"
-  python3 tools/gpu_report.py write "$out"
+  [ ! -e "$out/pieces/machine.json" ] || python3 tools/gpu_report.py write "$out"
   exit "$1"
+}
+# Time to clean up before SIGKILL: ninja ends its compilers, which have groups of their own.
+end_group() {
+  kill -TERM "$1" && wait "$1" # timeout hands it on to its group
+  local _
+  for _ in {1..20}; do
+    kill -0 -- "-$1" || return 0
+    sleep 0.1
+  done
+  kill -KILL -- "-$1"
 }
 trap "interrupted 130" INT
 trap "interrupted 143" TERM
+python3 tools/gpu_report.py machine "$out" || exit 2
 for piece in "${pieces[@]}"; do
   limit=$((BUDGET - SECONDS - 5 < LIMIT[$piece] ? BUDGET - SECONDS - 5 : LIMIT[$piece]))
   [ $limit -ge 5 ] || limit=5
@@ -343,13 +356,15 @@ for piece in "${pieces[@]}"; do
   # In the background: bash answers signals while it waits, not while a command runs.
   FRSPEC_REPORT_LIMIT=$limit timeout -k 5 "$limit" \
     bash tools/gpu_report.sh "$out" --run "$piece" >"$log" 2>&1 &
-  child=$!
-  wait "$child" || code=$?
-  child=
+  wait $! || code=$?
   status=$(python3 tools/gpu_report.py record "$out" "$piece" $code $((SECONDS - start))) || exit 2
   printf '[%4d s] %s: %s\n' $SECONDS "$piece" "$status"
   python3 tools/gpu_report.py write "$out" && written=1 || written=0
-  case $code in 0) passed=1 ;; "$SKIPPED") ;; *) failed=1 && tail -n 5 "$log" | sed 's/^/         | /' ;; esac
+  case $code in
+  0) passed=1 ;;
+  "$SKIPPED") ;;
+  *) failed=1 && tail -n 5 "$log" | sed 's/^/         | /' ;;
+  esac
 done
 [ $written = 1 ] || fail "$out/report.md could not be written"
 echo "$out/report.md is written"

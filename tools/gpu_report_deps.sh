@@ -24,8 +24,7 @@ case ${1:-} in
   ;;
 "" | -*) fail "expected a folder to write to, found '${1:-}' (--help says more)" ;;
 esac
-mkdir -p "$1"
-deps=$(realpath "$1")
+deps=$(realpath -m -- "$1")
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=$(realpath -m "${FRSPEC_VENV:-.venv}")
@@ -79,6 +78,7 @@ parts=("$@")
 for part in "${parts[@]}"; do
   declare -F "part_$part" >/dev/null || fail "expected headers, shapes, python, toolkit or cublas"
 done
+mkdir -p "$deps"
 for part in "${parts[@]}"; do
   echo "gpu_report_deps: $part" >&2
   "part_$part"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,11 +205,17 @@ def test_results_cut_off_while_they_were_written(write_report) -> None:
     assert all(row["measured"] is None for row in report["targets"])
 
 
-def gpu_report(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    script: str, *args: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(TOOLS / "gpu_report.sh"), *map(str, args)],
+        ["bash", str(TOOLS / script), *map(str, args)], cwd=cwd,
         capture_output=True, text=True, timeout=120, env=os.environ | environment,
     )  # fmt: skip
+
+
+def gpu_report(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_script("gpu_report.sh", *args, **environment)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
@@ -225,27 +234,38 @@ def test_a_machine_without_a_gpu_gets_a_report_that_says_so(tmp_path) -> None:
     ("args", "limit", "named"),
     [
         (["out", "benches"], "9", "'benches'"),
+        (["out", ""], "9", "found ''"),
         ([], "9", "a folder"),
         ([""], "9", "a folder"),
         (["--out"], "9", "found '--out'"),
         (["out", "tests"], "abc", "FRSPEC_REPORT_LIMIT: expected seconds, found 'abc'"),
         (["out", "tests"], "0", "expected seconds, found '0'"),
+        (["out", "tests"], "1.5", "expected seconds, found '1.5'"),
     ],
 )
-def test_a_wrong_command_line_is_refused(args, limit, named) -> None:
-    done = gpu_report(*args, FRSPEC_REPORT_LIMIT=limit)
+def test_a_wrong_command_line_is_refused(tmp_path, args, limit, named) -> None:
+    done = run_script("gpu_report.sh", *args, cwd=tmp_path, FRSPEC_REPORT_LIMIT=limit)
     assert done.returncode == 2
     assert done.stderr.startswith("gpu_report: error: ") and done.stderr.count("\n") == 1
     assert named in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("args", [[], [""], ["-x"], ["deps", "wheels"], ["deps", "headers", ""]])
+def test_a_wrong_command_line_collects_nothing(tmp_path, args) -> None:
+    done = run_script("gpu_report_deps.sh", *args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_report_deps: error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("script", ["gpu_report.sh", "gpu_report_deps.sh", "setup.sh"])
-def test_scripts_have_help(script) -> None:
-    done = subprocess.run(
-        ["bash", str(TOOLS / script), "--help"], capture_output=True, text=True, timeout=60
-    )
+def test_scripts_have_help(tmp_path, script, option) -> None:
+    done = run_script(script, option, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert f"usage: tools/{script} " in done.stdout and "#" not in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def pretend_programs(tmp_path: Path, tests: str) -> dict[str, str]:
@@ -311,32 +331,62 @@ def test_tests_that_do_not_end_cost_no_other_piece_its_time(tmp_path) -> None:
     assert pieces["shapes"]["last_line"] == "the tests of test_cuda_linear.cpp did not end"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_ends_the_running_piece_and_keeps_the_report(tmp_path, number, status) -> None:
-    environment = pretend_programs(tmp_path, f"echo $$ >>{tmp_path}/started; exec sleep 600")
-    # In the foreground of a terminal nobody ignores SIGINT; where these tests run, somebody may.
+@pytest.mark.parametrize("ignored", ["", "trap '' INT TERM;"])
+@pytest.mark.parametrize(("key", "status"), [(b"\x03", 130), (None, 143)])
+def test_an_interrupt_ends_the_running_piece_and_keeps_the_report(
+    tmp_path, key, status, ignored
+) -> None:
+    environment = pretend_programs(
+        tmp_path, f"{ignored} echo >/dev/fd/$HELD; sleep 600 & sleep 600"
+    )
+    terminal, its_end = pty.openpty()
+    held, held_by_pieces = os.pipe()
+
+    def in_its_foreground() -> None:
+        fcntl.ioctl(its_end, termios.TIOCSCTTY, 0)
+        # Who started these tests may ignore it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     running = subprocess.Popen(
         ["bash", str(TOOLS / "gpu_report.sh"), str(tmp_path / "out"), "tests", "bench"],
-        stdout=subprocess.PIPE, text=True, env=os.environ | environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        env=os.environ | environment | {"HELD": str(held_by_pieces)}, pass_fds=[held_by_pieces],
+        stdin=its_end, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=in_its_foreground,
     )  # fmt: skip
-    while not (tmp_path / "started").exists() and running.poll() is None:
-        time.sleep(0.05)
-    running.send_signal(number)
-    said, _ = running.communicate(timeout=60)
-    assert running.returncode == status
-    assert said.endswith("interrupted\n") and "bench" not in said
-    assert (tmp_path / "out" / "report.md").exists()
-    for process in (tmp_path / "started").read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(process), 0)
+    os.close(its_end)
+    os.close(held_by_pieces)
+    try:
+        assert os.read(held, 1) == b"\n"
+        if key is None:
+            running.terminate()
+        else:
+            os.write(terminal, key)
+        said, _ = running.communicate(timeout=60)
+        assert running.returncode == status
+        assert said.endswith("interrupted\n") and "bench" not in said
+        assert (tmp_path / "out" / "report.md").exists()
+        # The pipe ends with the last process that has it.
+        assert select.select([held], [], [], 60)[0] and os.read(held, 1) == b""
+    finally:
+        os.close(terminal)
+        os.close(held)
 
 
 def test_resources_need_every_kernel_file(tmp_path) -> None:
     environment = pretend_programs(tmp_path, "exit 1")
     kernels = tmp_path / "build" / "cuda"
     kernels.mkdir()
-    (kernels / "linear.ptxas").write_text("")
+    for source in (TOOLS.parent / "cuda").glob("*.cu"):
+        (kernels / f"{source.stem}.ptxas").write_text(
+            "ptxas info    : Compiling entry function 'kernel' for 'sm_90'\n"
+            "ptxas info    : Function properties for kernel\n"
+            "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            "ptxas info    : Used 40 registers\n"
+        )
+    done = gpu_report(tmp_path / "out", "resources", **environment)
+    assert done.returncode == 0 and "resources: passed" in done.stdout
+
+    (kernels / "attention.ptxas").unlink()
     done = gpu_report(tmp_path / "out", "resources", **environment)
     assert done.returncode == 1
     assert "resources: failed" in done.stdout and "attention.cu is not built" in done.stdout
