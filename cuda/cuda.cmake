@@ -106,8 +106,6 @@ else()
       message(FATAL_ERROR "FRSPEC_CUDA_ARCHS: expected native, or compute capabilities from 80 on "
                           "such as \"80;90a\", found '${FRSPEC_CUDA_ARCHS}'")
     endif()
-  endforeach()
-  foreach(arch IN LISTS archs)
     list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
   endforeach()
   # GPUs newer than all of these compile the newest one's PTX, which must not be of it alone.

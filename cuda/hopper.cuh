@@ -1,6 +1,6 @@
-// What compute capability 9.0 alone has: tiles that the hardware copies by itself (TMA), barriers
-// that count their bytes, and products of warpgroups (wgmma). Inline PTX, as in ptx.cuh; the
-// emulated twin is tests/emulation/hopper_emulation.h.
+// What compute capability 9.0 alone has: boxes of a matrix that the hardware copies by itself
+// (TMA), barriers that count their bytes, and products of warpgroups (wgmma). Inline PTX, as in
+// ptx.cuh; the emulated twin is tests/emulation/hopper_emulation.h.
 //
 // Only where a build says 90a (FRSPEC_CUDA_ARCHS): elsewhere on_hopper() is false, and nothing
 // below may be reached.

@@ -271,17 +271,7 @@ void Engine::plant(std::span<const int32_t> recorded, double accept_length) {
   plant.length = static_cast<int32_t>(recorded.size());
   plant.depth = depth;
   plant.vocab = static_cast<int32_t>(target_.config.vocab_size);
-  // A round emits 1 + a + a^2 + ... + a^depth tokens on average.
-  double low = 0.0;
-  double high = 1.0;
-  for (int step = 0; step < 60; ++step) {
-    const double a = (low + high) / 2;
-    double mean = 1.0;
-    double power = 1.0;
-    for (int32_t d = 0; d < plant.depth; ++d) mean += power *= a;
-    (mean < accept_length ? low : high) = a;
-  }
-  plant.acceptance = static_cast<float>(high);
+  plant.acceptance = acceptance_for(accept_length, depth);
   backend_->upload(plant_, &plant, sizeof plant);
 }
 

@@ -25,6 +25,21 @@ struct Plant {
   int32_t vocab = 0;
 };
 
+// The acceptance with which rounds emit `accept_length` (1 to depth + 1) tokens on average: those
+// of acceptance a emit 1 + a + a^2 + ... + a^depth.
+inline float acceptance_for(double accept_length, int32_t depth) {
+  double low = 0.0;
+  double high = 1.0;
+  for (int step = 0; step < 60; ++step) {
+    const double a = (low + high) / 2;
+    double mean = 1.0;
+    double power = 1.0;
+    for (int32_t d = 0; d < depth; ++d) mean += power *= a;
+    (mean < accept_length ? low : high) = a;
+  }
+  return static_cast<float>(high);
+}
+
 // How many nodes of the chain are right in the round whose root is at `base`.
 FRSPEC_HOST_DEVICE inline int32_t planted_depth(const Plant& plant, int32_t base) {
   int32_t depth = 0;
