@@ -9,6 +9,7 @@
 
 #include <utility>
 
+#include "cpu/thread_pool.h"
 #include "engine.h"
 
 namespace nb = nanobind;
@@ -97,6 +98,9 @@ NB_MODULE(_core, m) {
       "The kinds of device of this build: name, available, description (or why it is not),"
       " available_bytes.");
 
+  m.def("usable_threads", &frspec::cpu::usable_threads, nb::sig("def usable_threads() -> int"),
+        "CPUs that this process may use: scheduler affinity and cgroup quota.");
+
   m.def("cuda_build", &frspec::cuda_build, nb::sig("def cuda_build() -> str"),
         "What the CUDA backend was compiled with and for, or \"none: \" and why there is none.");
 
@@ -116,7 +120,7 @@ NB_MODULE(_core, m) {
       .def(
           "__init__",
           [](Engine* self, std::string model, std::optional<std::string> drafter,
-             std::optional<std::string> ranking, int64_t vocab_size,
+             std::optional<std::string> ranking, int64_t draft_vocab_size,
              std::string tokenizer_fingerprint, std::string device,
              std::optional<std::string> dtype, int64_t max_context, size_t memory_limit,
              int threads, std::optional<std::tuple<int, int, int, double>> tree,
@@ -126,7 +130,7 @@ NB_MODULE(_core, m) {
             options.model = std::move(model);
             options.drafter = std::move(drafter);
             options.ranking = std::move(ranking);
-            options.vocab_size = vocab_size;
+            options.draft_vocab_size = draft_vocab_size;
             options.tokenizer_fingerprint = std::move(tokenizer_fingerprint);
             options.device = std::move(device);
             options.dtype = std::move(dtype);
@@ -145,7 +149,7 @@ NB_MODULE(_core, m) {
             new (self) Engine(options);
           },
           "model"_a, nb::kw_only(), "drafter"_a = nb::none(), "ranking"_a = nb::none(),
-          "vocab_size"_a = 0, "tokenizer_fingerprint"_a = "", "device"_a = "auto",
+          "draft_vocab_size"_a = 0, "tokenizer_fingerprint"_a = "", "device"_a = "auto",
           "dtype"_a = nb::none(), "max_context"_a = 0, "memory_limit"_a = 0, "threads"_a = 0,
           "tree"_a = nb::none(), "medusa_published"_a = nb::none(),
           "medusa_paths"_a = frspec::MedusaChoices{},

@@ -20,12 +20,12 @@
 // How a range is shared among warps is free where its tiles are summed by themselves: 16 queries
 // of 64 for each warp, or, where there are few queries and much of the device would be idle, a tile
 // for each.
-#include <algorithm>
 #include <cmath>
 
 #include "attention_merge.cuh"
 #include "attention_params.cuh"
 #include "attention_tile.cuh"
+#include "config.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
@@ -425,7 +425,7 @@ int64_t padded_head_dim(int64_t head_dim) {
   for (const int64_t size : {64, 80, 96, 128}) {
     if (head_dim <= size) return size;
   }
-  return 256;
+  return kMaxHeadDim;
 }
 
 namespace {
@@ -441,8 +441,8 @@ void attention(const Tensor& out, const Tensor& q, const KvLayer& kv, const Visi
                bool prompt, const AttentionScratch& scratch, const AttentionDevice& device,
                cudaStream_t stream) {
   const int64_t head_dim = kv.head_dim;
-  const int64_t query_heads = q.cols / head_dim;
-  FRSPEC_CHECK(head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256 && kv.heads > 0 &&
+  const int64_t query_heads = head_dim > 0 ? q.cols / head_dim : 0;
+  FRSPEC_CHECK(query_heads > 0 && head_dim % 8 == 0 && head_dim <= kMaxHeadDim && kv.heads > 0 &&
                    query_heads * head_dim == q.cols && query_heads % kv.heads == 0 &&
                    out.cols == q.cols && kv.dtype == q.dtype && out.dtype == q.dtype,
                Error, "attention: q [", q.rows, ", ", q.cols, "] ", dtype_name(q.dtype),

@@ -59,11 +59,6 @@ __device__ __forceinline__ float noisy_score(const Sampling& sampling, float log
                      token_noise_bits(sampling.seed, position, static_cast<uint32_t>(token) / 4));
 }
 
-__device__ __forceinline__ bool filters(const Sampling& sampling, int vocab) {
-  return (sampling.top_k > 0 && sampling.top_k < vocab) || sampling.top_p < 1.0f ||
-         sampling.min_p > 0.0f;
-}
-
 // chunk_best [n, 2, chunks]: the likeliest token of each chunk, then the noisiest.
 __global__ void __launch_bounds__(kThreads)
     scan_chunk_kernel(const float* logits, int64_t stride, int vocab, const Sampling* of_request,

@@ -83,8 +83,6 @@ int64_t CudaBackend::length_bound(int64_t length) const {
 }
 
 void CudaBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
-  FRSPEC_CHECK(limits.head_dim <= 256 && limits.head_dim % 8 == 0, ModelError,
-               "CUDA attention has head_dim up to 256 in multiples of 8, found ", limits.head_dim);
   limits_ = limits;
   const char* name = "cuda workspace";
   const int64_t skinny_rows = std::max(limits.round_rows, kSkinnyRows);
@@ -271,6 +269,10 @@ void CudaBackend::gather_linear(const LinearWeight& destination, const LinearWei
                    count <= linear_scratch_.floats,
                Error, "gather_linear: ", destination.out_features, " rows of ",
                destination.in_features, " do not come from ", source.in_features);
+  for (int64_t i = 0; i < destination.out_features; ++i) {
+    FRSPEC_CHECK(host_rows[i] >= 0 && host_rows[i] < source.out_features, Error,
+                 "gather_linear: row ", host_rows[i], " is outside [0, ", source.out_features, ")");
+  }
   // The row numbers wait in scratch memory, which no product uses while loading.
   auto* rows = reinterpret_cast<int32_t*>(linear_scratch_.sums);
   upload(rows, host_rows, count * sizeof(int32_t));
@@ -328,8 +330,9 @@ void CudaBackend::linear(const Tensor& out, const Tensor& x, const LinearWeight&
 
 void CudaBackend::linear_swiglu(const Tensor& out, const Tensor& x, const LinearWeight& gate,
                                 const LinearWeight& up, Rows rows) {
-  FRSPEC_CHECK(gate.dtype == up.dtype && gate.out_features == up.out_features, Error,
-               "linear_swiglu: gate and up differ");
+  FRSPEC_CHECK(gate.dtype == up.dtype && gate.out_features == up.out_features &&
+                   gate.in_features == up.in_features,
+               Error, "linear_swiglu: gate and up differ");
   if (rows != Rows::kTarget && x.rows > kSkinnyRows) {
     const Tensor gates{gate_scratch_, out.dtype, out.rows, out.cols, out.cols};
     FRSPEC_CHECK(static_cast<size_t>(round_up(out.rows, kPromptRowMultiple) * out.cols) *

@@ -2,6 +2,7 @@
 // candidates, filling a tree of fixed shape, walking the tree, committing the accepted path. What
 // is done for each candidate and node is in runtime/draft_tree.h, shared with the CPU.
 #include "block_select.cuh"
+#include "config.h"
 #include "draft_tree.h"
 #include "kernels.h"
 #include "launch.h"
@@ -108,9 +109,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     relink_node(tree, plant, node);
 }
 
-// Pieces of 16 bytes that a thread moves: of a path of at most kMaxTreeDepth + 1 rows of 256
-// elements.
-constexpr int kMoves = ((kMaxTreeDepth + 1) * 256 / 8 + kThreads - 1) / kThreads;
+// Pieces of 16 bytes that a thread moves: of a path of at most kMaxTreeDepth + 1 rows of
+// kMaxHeadDim elements.
+constexpr int kMoves = ((kMaxTreeDepth + 1) * kMaxHeadDim / 8 + kThreads - 1) / kThreads;
 
 // grid: (layers, heads, keys or values). Slot base + j takes the row of slot base + path[j]; all
 // are read before one is written.
@@ -188,8 +189,9 @@ void commit_kv(const KvLayer* layers, int64_t layer_count, const int32_t* base, 
             static_cast<char*>(layers[l].values) == static_cast<char*>(first.values) + l * stride,
         Error, "commit_kv: layer ", l, " of the cache is not where its number puts it");
   }
-  FRSPEC_CHECK(first.head_dim <= 256 && first.head_dim * bytes % 16 == 0 && stride % 16 == 0, Error,
-               "commit_kv: head_dim ", first.head_dim, ", expected at most 256");
+  FRSPEC_CHECK(
+      first.head_dim <= kMaxHeadDim && first.head_dim * bytes % 16 == 0 && stride % 16 == 0, Error,
+      "commit_kv: head_dim ", first.head_dim, ", expected at most ", kMaxHeadDim);
   launch<commit_kv_kernel>(
       {dim3(static_cast<unsigned>(layer_count), static_cast<unsigned>(first.heads), 2),
        dim3(kThreads), stream},

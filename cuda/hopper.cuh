@@ -71,6 +71,11 @@ FRSPEC_PTX void copy_box_async(void* shared, const CUtensorMap& map, int column,
       "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+// What this thread has read of shared memory before may be overwritten by copies that another
+// thread asks for behind the next __syncthreads().
+FRSPEC_PTX void reads_before_copies() {
+  FRSPEC_HOPPER_PTX("fence.proxy.async.shared::cta;" ::: "memory");
+}
 // The map will be used soon.
 FRSPEC_PTX void prefetch_map(const CUtensorMap& map) {
   FRSPEC_HOPPER_PTX("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

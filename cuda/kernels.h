@@ -14,12 +14,12 @@
 
 namespace frspec::cuda {
 
-// ==== copy_rows.cu
+// ==== row_ops.cu
 
 // Throws where this build has no kernels for the current device.
 void check_kernels();
-// out row i = source row rows[i], clamped to [0, source_rows); both with `cols` elements of `dtype`
-// (a multiple of 8, as are the strides).
+// out row i = source row rows[i], clamped to [0, source_rows), of out's type and columns (multiples
+// of 8, as are the strides).
 void copy_rows(const Tensor& out, const void* source, int64_t source_stride, int64_t source_rows,
                const int32_t* rows, cudaStream_t stream);
 // positions[i] = *end - n + i, prefix[i] = positions[i] + 1.
@@ -99,7 +99,7 @@ struct AttentionScratch {
   float2* partial_sums;   // [parts, n H]: maximum, sum
   size_t rows;            // n H that there is room for, times parts
 };
-// Parts of a row of that many visible positions, and floats of a part's sums.
+// Parts of a row of that many visible positions, and values of a part.
 int64_t attention_parts(int64_t max_length);
 int64_t padded_head_dim(int64_t head_dim);
 

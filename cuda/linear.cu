@@ -134,7 +134,11 @@ __device__ __forceinline__ void multiply_tile(const LinearParams& p, const Linea
 #pragma unroll 1
   for (int s = 0; s < stages; ++s) {
     pipeline.wait(at);
-    if constexpr (kInGroups) wgmma_wait(sums);
+    if constexpr (kInGroups) {
+      wgmma_wait(sums);
+    } else if constexpr (kHopper) {
+      reads_before_copies();
+    }
     __syncthreads();  // the stage is there for all, and all are done with the one that is refilled
     if (s + kStages - 1 < stages) {
       pipeline.ask_weights(free_at);
@@ -355,6 +359,9 @@ LinearParams multiply(const Tensor& out, const Tensor& x, const LinearWeight& w,
                Error, op, ": out [", out.rows, ", ", out.cols, "] ", dtype_name(out.dtype),
                " does not fit x [", x.rows, ", ", x.cols, "] ", dtype_name(x.dtype),
                " and weight [", w.out_features, ", ", w.in_features, "] ", dtype_name(w.dtype));
+  FRSPEC_CHECK(up == nullptr || (up->dtype == w.dtype && up->out_features == w.out_features &&
+                                 up->in_features == w.in_features),
+               Error, op, ": gate and up differ");
   FRSPEC_CHECK(residual == nullptr || (residual->dtype == w.dtype && residual->rows == out.rows &&
                                        residual->cols == out.cols),
                Error, op, ": the residual's shape differs from the output's [", out.rows, ", ",
@@ -362,6 +369,10 @@ LinearParams multiply(const Tensor& out, const Tensor& x, const LinearWeight& w,
   const size_t needed = linear_scratch(x.rows, w.out_features, up != nullptr, split);
   FRSPEC_CHECK(needed <= scratch.floats && split.parts <= kMaxParts, Error, op, ": ", split.parts,
                " parts need ", needed, " floats of scratch, ", scratch.floats, " are planned");
+  // Stages do not end where a part ends; only the matrix's end is looked for.
+  FRSPEC_CHECK(split.part_depth % kDepth == 0 && split.parts * split.part_depth >= w.in_features,
+               Error, op, ": ", split.parts, " parts of ", split.part_depth, " do not make ",
+               w.in_features, " of k");
   LinearParams p = params_of(out, residual);
   p.w = w.data;
   p.bias = w.bias;

@@ -5,6 +5,7 @@
 // keys rotated into the cache, values copied. rope: [positions, D] fp32, cosines then sines.
 #include <type_traits>
 
+#include "config.h"
 #include "dispatch.h"
 #include "kernels.h"
 #include "launch.h"
@@ -76,7 +77,7 @@ void rope_and_append(const Tensor& qkv, const KvLayer& kv, const Tensor& rope,
                      const int32_t* positions, const int32_t* slots, const LinearParts* parts,
                      cudaStream_t stream) {
   const int64_t query_heads = kv.head_dim > 0 ? qkv.cols / kv.head_dim - 2 * kv.heads : 0;
-  FRSPEC_CHECK(kv.dtype == qkv.dtype && query_heads > 0 &&
+  FRSPEC_CHECK(kv.dtype == qkv.dtype && query_heads > 0 && kv.head_dim <= kMaxHeadDim &&
                    (query_heads + 2 * kv.heads) * kv.head_dim == qkv.cols &&
                    rope.cols == kv.head_dim && rope.dtype == DType::kF32,
                Error, "rope_and_append: qkv has ", qkv.cols, " columns, the cache ", kv.heads,

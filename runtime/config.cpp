@@ -24,7 +24,6 @@ constexpr int64_t kMaxHiddenSize = 1 << 17;
 constexpr int64_t kMaxIntermediateSize = 1 << 20;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int64_t kMaxHeads = 4096;
-constexpr int64_t kMaxHeadDim = 1024;
 constexpr int64_t kMaxVocabSize = 1 << 24;
 constexpr int64_t kMaxPositions = 1 << 30;
 

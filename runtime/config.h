@@ -10,6 +10,8 @@
 
 namespace frspec {
 
+constexpr int64_t kMaxHeadDim = 256;  // of the attention of every backend
+
 struct RopeScaling {
   enum class Kind : uint8_t { kNone, kLinear, kLlama3 };
   Kind kind = Kind::kNone;

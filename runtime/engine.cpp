@@ -55,12 +55,12 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   if (options.tree) check_tree(*options.tree);
   FRSPEC_CHECK(options.max_context >= 0, RequestError, "max_context must be positive, found ",
                options.max_context);
-  FRSPEC_CHECK(options.drafter || !options.vocab_size, RequestError,
+  FRSPEC_CHECK(options.drafter || !options.draft_vocab_size, RequestError,
                "vocab_size is the drafter's: it needs a drafter, found none");
   FRSPEC_CHECK(options.drafter || !options.medusa_tree, RequestError,
                "medusa_choices are the drafter's: they need a Medusa drafter, found none");
-  FRSPEC_CHECK(options.ranking || !options.vocab_size, RequestError, "vocab_size ",
-               options.vocab_size, " needs a ranking file, found none");
+  FRSPEC_CHECK(options.ranking || !options.draft_vocab_size, RequestError, "vocab_size ",
+               options.draft_vocab_size, " needs a ranking file, found none");
 
   target_.config = read_model_config(options.model);
   if (!target_.config.synthetic_seed) {
@@ -75,11 +75,12 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   if (options.plant) tree_shape_.min_probability = 0.0;  // what is planted needs whole trees
   if (options.drafter) {
     std::vector<int32_t> sub_vocab;
-    if (options.vocab_size > 0) {
-      sub_vocab = read_sub_vocab(*options.ranking, options.vocab_size, target_.config.vocab_size,
-                                 target_.config.eos_token_ids, options.tokenizer_fingerprint);
+    if (options.draft_vocab_size != 0) {
+      sub_vocab =
+          read_sub_vocab(*options.ranking, options.draft_vocab_size, target_.config.vocab_size,
+                         target_.config.eos_token_ids, options.tokenizer_fingerprint);
       // All tokens need neither a copy of the head nor a map.
-      if (options.vocab_size == target_.config.vocab_size) sub_vocab.clear();
+      if (options.draft_vocab_size == target_.config.vocab_size) sub_vocab.clear();
     }
     draft_model_ = open_draft_model(*options.drafter, target_.config, sub_vocab, tree_shape_,
                                     options.medusa_tree ? &*options.medusa_tree : nullptr);
@@ -211,7 +212,7 @@ int64_t Engine::draft_vocab_size() const { return draft_model_ ? draft_model_->h
 size_t Engine::step_bytes() const {
   size_t bytes = 0;
   for (const MemoryItem& item : plan_.items) {
-    if (item.name == "target weights") bytes += item.bytes;
+    if (item.name == Llama::kWeights) bytes += item.bytes;
   }
   const ModelConfig& config = target_.config;
   if (!config.tie_word_embeddings) {  // one row of the embedding is read, not the table

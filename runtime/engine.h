@@ -20,8 +20,8 @@ namespace frspec {
 struct EngineOptions {
   std::string model;                   // folder
   std::optional<std::string> drafter;  // folder; without one only plain decoding is possible
-  std::optional<std::string> ranking;  // file; needed when vocab_size is given
-  int64_t vocab_size = 0;              // sub-vocabulary of the drafter's head; 0: full
+  std::optional<std::string> ranking;  // file; needed when draft_vocab_size is given
+  int64_t draft_vocab_size = 0;        // sub-vocabulary of the drafter's head; 0: full
   std::string tokenizer_fingerprint;   // checked against the ranking's; empty: unchecked
   std::string device = "auto";         // "auto", "cpu", "cuda" or "cuda:N"
   std::optional<std::string> dtype;    // of the weights in memory; default: as stored
@@ -77,7 +77,7 @@ class Engine {
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
   double measure_bandwidth() { return backend_->measure_bandwidth(); }  // once loaded
 
-  // For benchmarks: from the next start() on, drafted rounds have the tokens of `recorded` (prompt
+  // For benchmarks: from here on, drafted rounds have the tokens of `recorded` (prompt
   // and continuation, as plain decoding wrote it) planted into their trees, so that they accept
   // accept_length tokens on average (plant.h). Empty: ends that.
   void plant(std::span<const int32_t> recorded, double accept_length);

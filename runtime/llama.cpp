@@ -109,7 +109,7 @@ Tensor layout_rope(Backend& backend, Arena& arena, const char* plan_name, const 
 
 void Llama::layout(Backend& backend, Arena& arena, Checkpoint* checkpoint, DType dtype,
                    int64_t slots, int64_t positions, int64_t rows) {
-  WeightReader reader(backend, arena, checkpoint, config.synthetic_seed, dtype, "target weights");
+  WeightReader reader(backend, arena, checkpoint, config.synthetic_seed, dtype, kWeights);
   const WeightReader::Part embedding_part{"model.embed_tokens", config.vocab_size};
   embedding = reader.linear({embedding_part}, config.hidden_size, false);
   layers_.clear();

@@ -1,5 +1,5 @@
-// The forward pass of every target (Llama 2/3, SmolLM2, Qwen2) and, layer by layer, of the drafters
-// that are made of the same decoder layer.
+// The forward pass of every target (Llama 2/3, SmolLM2, Mistral, Qwen2) and, layer by layer, of the
+// drafters that are made of the same decoder layer.
 #pragma once
 
 #include <vector>
@@ -65,6 +65,8 @@ Tensor layout_rope(Backend& backend, Arena& arena, const char* plan_name, const 
 
 class Llama {
  public:
+  static constexpr const char* kWeights = "target weights";  // their name in the memory plan
+
   ModelConfig config;
   LinearWeight embedding;  // [V, d]
   LinearWeight head;       // [V, d]; the embedding itself when they are tied

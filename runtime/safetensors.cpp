@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string_view>
 
 #include "check.h"
@@ -215,8 +216,10 @@ void SafetensorsFile::parse_header() {
     entry.end = data_begin + end;
     entries_.emplace(name, std::move(entry));
   }
+  check_tiling(data_begin);
+}
 
-  // The tensors must tile the data: no overlap, no hole, nothing after them.
+void SafetensorsFile::check_tiling(uint64_t data_begin) const {
   std::vector<const std::pair<const std::string, Entry>*> order;
   for (const auto& item : entries_) order.push_back(&item);
   std::sort(order.begin(), order.end(), [](const auto* a, const auto* b) {
@@ -231,7 +234,7 @@ void SafetensorsFile::parse_header() {
     expected = item->second.end;
   }
   FRSPEC_CHECK(expected == size_, ModelError, path_, ": expected the data to end at ",
-               expected - data_begin, " with the last tensor, found ", data_bytes,
+               expected - data_begin, " with the last tensor, found ", size_ - data_begin,
                " bytes of data");
 }
 

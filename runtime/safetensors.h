@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,6 +60,8 @@ class SafetensorsFile {
   };
 
   void parse_header();
+  // ModelError unless the tensors tile the data: no overlap, no hole, nothing after them.
+  void check_tiling(uint64_t data_begin) const;
   void unmap() noexcept;
 
   std::string path_;

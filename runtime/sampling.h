@@ -21,6 +21,12 @@ struct Sampling {
   uint64_t seed = 0;
 };
 
+// Whether top-k, top-p or min-p may leave out a token.
+FRSPEC_HOST_DEVICE inline bool filters(const Sampling& sampling, int64_t vocab) {
+  return (sampling.top_k > 0 && sampling.top_k < vocab) || sampling.top_p < 1.0f ||
+         sampling.min_p > 0.0f;
+}
+
 struct RandomBlock {
   uint32_t words[4];
 };

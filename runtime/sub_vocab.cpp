@@ -15,6 +15,7 @@ using nlohmann::json;
 namespace {
 
 constexpr const char* kFormat = "frspec-ranking";
+constexpr const char* kVersion = "1";
 
 std::string metadata_value(const SafetensorsFile& file, const std::string& key) {
   const auto found = file.metadata().find(key);
@@ -54,8 +55,8 @@ std::vector<bool> required_tokens(const SafetensorsFile& file, int64_t vocab_siz
   return required;
 }
 
-std::vector<int32_t> choose_tokens(const SafetensorsFile& file, int64_t size, int64_t vocab_size,
-                                   const std::vector<int32_t>& eos_token_ids) {
+std::vector<int32_t> choose_sub_vocab(const SafetensorsFile& file, int64_t size, int64_t vocab_size,
+                                      const std::vector<int32_t>& eos_token_ids) {
   const std::string& path = file.path();
   const HostTensor id_tensor = read_vector(file, "token_ids", DType::kI32);
   const HostTensor count_tensor = read_vector(file, "counts", DType::kI64);
@@ -115,11 +116,14 @@ std::vector<int32_t> read_sub_vocab(const std::string& path, int64_t size, int64
     const std::string format = metadata_value(file, "format");
     FRSPEC_CHECK(format == kFormat, RankingError, path, ": expected metadata format \"", kFormat,
                  "\", found ", format.empty() ? "none" : quote(format));
+    const std::string version = metadata_value(file, "version");
+    FRSPEC_CHECK(version == kVersion, RankingError, path, ": expected metadata version \"",
+                 kVersion, "\", found ", version.empty() ? "none" : quote(version));
     const std::string fingerprint = metadata_value(file, "tokenizer_fingerprint");
     FRSPEC_CHECK(expected_fingerprint.empty() || fingerprint == expected_fingerprint, RankingError,
                  path, ": expected a ranking for the tokenizer ", quote(expected_fingerprint),
                  ", found one for ", fingerprint.empty() ? "none" : quote(fingerprint));
-    return choose_tokens(file, size, vocab_size, eos_token_ids);
+    return choose_sub_vocab(file, size, vocab_size, eos_token_ids);
   } catch (const ModelError& error) {
     // The file is damaged as a safetensors file or in its JSON.
     throw RankingError(error.what());

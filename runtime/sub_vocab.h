@@ -1,8 +1,9 @@
 // FR-Spec's sub-vocabulary: the tokens that a drafter scores, chosen from a ranking file.
 //
 // A ranking file is a safetensors file: `token_ids` int32 [n], most frequent first, and `counts`
-// int64 [n]; metadata format = "frspec-ranking", tokenizer_fingerprint, special_ids (a JSON list),
-// vocab_size, corpus, tokens_counted.
+// int64 [n]; metadata format = "frspec-ranking", version = "1", tokenizer_fingerprint and
+// special_ids (a JSON list), and what is only told: vocab_size, corpus, tokens_counted, source,
+// parts.
 #pragma once
 
 #include <cstdint>

@@ -58,7 +58,7 @@ def layer_shapes(config: dict) -> list[tuple[int, int]]:
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q = config["num_attention_heads"] * head_dim
-    kv = config.get("num_key_value_heads", config["num_attention_heads"]) * head_dim
+    kv = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head_dim
     return [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)] + [
         (ffn, hidden), (ffn, hidden), (hidden, ffn)
     ]  # fmt: skip

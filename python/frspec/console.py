@@ -47,7 +47,7 @@ def write_stream(stream: TextStream) -> bool:
     return True
 
 
-def write_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     """One JSON object in one line on stdout."""
     print(json.dumps(value))
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .console import accept_length, write_json, write_stream, write_summary, write_table
+from .console import accept_length, print_json, write_stream, write_summary, write_table
 from .demo_model import DRAFTER, MEGABYTES, PACKAGE, RANKING, VERSION, demo_model
-from .errors import MemoryPlanError, RequestError
+from .errors import RequestError
 from .evaluation.methods import PLAIN, Configuration
+from .evaluation.pool import GeneratorPool
 from .generator import Generator, Result
 from .options import add_tree_options, draft_tree
 
@@ -133,13 +134,13 @@ def run(args: argparse.Namespace) -> int:
         "temperature": args.temperature,
         "seed": args.seed,
     }
-    pool = _Pool(load)
+    pool = GeneratorPool(load, _warm_up)  # by sub-vocabulary size
     if not args.json:
         _answer_live(pool.get(_LIVE.vocab_size), request)
     prompts = PROMPTS[: args.prompts]
     rows = _rows(_measure(pool, prompts, request))
     if args.json:
-        write_json({"prompts": len(prompts), **request, "rows": [asdict(row) for row in rows]})
+        print_json({"prompts": len(prompts), **request, "rows": [asdict(row) for row in rows]})
     else:
         _print_rows(rows, prompts, args)
     differing = [row for row in rows if row.identical != len(prompts)]
@@ -152,27 +153,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if differing else 0
 
 
-class _Pool:
-    """Generators by sub-vocabulary size. Where memory is short only the latest one stays."""
-
-    def __init__(self, load: Callable[[int | None], Generator]):
-        self._load = load
-        self._loaded: dict[int | None, Generator] = {}
-
-    def get(self, vocab_size: int | None) -> Generator:
-        if vocab_size not in self._loaded:
-            try:
-                generator = self._load(vocab_size)
-            except MemoryPlanError:
-                if not self._loaded:
-                    raise
-                self._loaded.clear()
-                generator = self._load(vocab_size)
-            # The first passes touch memory and code for the first time: not what is measured.
-            for method in ("plain", "eagle2"):
-                generator.generate("Warm up", max_new_tokens=4, method=method, ignore_eos=True)
-            self._loaded[vocab_size] = generator
-        return self._loaded[vocab_size]
+def _warm_up(generator: Generator, _: int | None) -> None:
+    for method in ("plain", "eagle2"):
+        generator.generate("Warm up", max_new_tokens=4, method=method, ignore_eos=True)
 
 
 def _message(prompt: str) -> list[dict[str, str]]:
@@ -190,7 +173,7 @@ def _answer_live(generator: Generator, request: dict[str, Any]) -> None:
 
 
 def _measure(
-    pool: _Pool, prompts: Sequence[str], request: dict[str, Any]
+    pool: GeneratorPool[int | None], prompts: Sequence[str], request: dict[str, Any]
 ) -> dict[Configuration, list[Result]]:
     """Results by configuration, one a prompt.
 

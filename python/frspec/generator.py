@@ -15,6 +15,7 @@ import numpy as np
 from . import hub
 from ._core import Engine
 from .errors import RequestError, short
+from .files import user_path
 from .medusa import MedusaChoices, medusa_tree_options
 from .ranking import Ranking
 from .streaming import StopMatcher, StreamDecoder
@@ -103,6 +104,7 @@ class Generator:
             medusa_choices,
         )
         self._engine.load()
+        self._device = self._engine.device  # asking a GPU that has failed fails again
         self._tokenizer: Tokenizer | None = None
         if (self._folder / "tokenizer.json").exists():
             self._tokenizer = Tokenizer.load(self._folder)
@@ -120,7 +122,7 @@ class Generator:
 
     @property
     def device(self) -> str:
-        return self._engine.device
+        return self._device
 
     @property
     def max_context(self) -> int:
@@ -349,7 +351,7 @@ class TextStream(Iterator[str]):
             accept_lengths=list(self._accept_lengths),
             timings=_timings(self._generator._load_s, self._seconds, sum(self._accept_lengths)),
             reused_tokens=self._reused_tokens,
-            device=self._engine.device,
+            device=self._generator._device,
             method=self._method,
         )
         return rest
@@ -384,6 +386,7 @@ def plan_engine(
     if ranking is not None:
         if not isinstance(ranking, (str, os.PathLike)) or "\0" in os.fspath(ranking):
             raise RequestError(f"ranking: expected the path of a file, found {short(ranking)}")
+        ranking = user_path(ranking)
         tokenizer = Tokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
         Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
@@ -408,7 +411,7 @@ def plan_engine(
         str(folder),
         drafter=None if drafter is None else str(hub.resolve(drafter)),
         ranking=None if ranking is None else os.fspath(ranking),
-        vocab_size=sub_vocab_size,
+        draft_vocab_size=sub_vocab_size,
         tokenizer_fingerprint=fingerprint,
         device=device,
         dtype=dtype,

@@ -40,7 +40,8 @@ def drafter_method(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return "eagle2"  # loading it says what is wrong
-    return "medusa" if isinstance(config, dict) and "medusa_num_heads" in config else "eagle2"
+    is_medusa = isinstance(config, dict) and config.get("medusa_num_heads") is not None
+    return "medusa" if is_medusa else "eagle2"
 
 
 def medusa_tree_options(choices: Any) -> dict[str, Any]:

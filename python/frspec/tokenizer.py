@@ -19,9 +19,6 @@ import tokenizers
 
 from .chat_template import ChatTemplate
 from .errors import ModelError, RequestError, first_line
-from .streaming import StopMatcher, StreamDecoder
-
-__all__ = ["StopMatcher", "StreamDecoder", "Tokenizer"]
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 

@@ -6,8 +6,6 @@
 
 #include <chrono>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "backend.h"
 #include "cpu/host_memory.h"

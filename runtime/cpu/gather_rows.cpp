@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 
 #include "check.h"
@@ -10,7 +11,9 @@ void CpuBackend::gather_rows(const Tensor& out, const Tensor& src, const int32_t
                out.cols, " columns, the source ", src.cols);
   const size_t bytes = static_cast<size_t>(src.cols) * dtype_size(src.dtype);
   for (int64_t r = 0; r < out.rows; ++r) {
-    std::memcpy(out.row_slice(r, 1).data, src.row_slice(rows[r], 1).data, bytes);
+    // A row outside is a bug of the caller, but not a reason to read foreign memory.
+    const int64_t row = std::clamp<int64_t>(rows[r], 0, src.rows - 1);
+    std::memcpy(out.row_slice(r, 1).data, src.row_slice(row, 1).data, bytes);
   }
 }
 

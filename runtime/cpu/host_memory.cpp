@@ -29,8 +29,8 @@ size_t read_limit(const std::string& path) {
   return file >> value ? value : kUnlimited;
 }
 
-size_t system_available() {
-  std::ifstream file("/proc/meminfo");
+size_t system_available(const std::string& root) {
+  std::ifstream file(root + "/proc/meminfo");
   std::string line;
   while (std::getline(file, line)) {
     std::istringstream fields(line);
@@ -59,9 +59,9 @@ size_t reclaimable_bytes(const std::string& folder) {
 
 }  // namespace
 
-std::vector<std::string> cgroup_folders(const std::string& controller) {
+std::vector<std::string> cgroup_folders(const std::string& controller, const std::string& root) {
   std::vector<std::string> folders;
-  std::ifstream file("/proc/self/cgroup");
+  std::ifstream file(root + "/proc/self/cgroup");
   std::string line;
   while (std::getline(file, line)) {
     const size_t first = line.find(':');
@@ -70,27 +70,24 @@ std::vector<std::string> cgroup_folders(const std::string& controller) {
     std::string controllers(1, ',');
     controllers.append(line, first + 1, second - first - 1).push_back(',');
     std::string path = line.substr(second + 1);
-    std::string root;
-    if (controllers == ",,") {
-      root = "/sys/fs/cgroup";
-    } else if (controllers.find(concat(",", controller, ",")) != std::string::npos) {
-      root = "/sys/fs/cgroup/" + controller;
-    } else {
-      continue;
+    std::string mount = root + "/sys/fs/cgroup";
+    if (controllers != ",,") {  // v1
+      if (controllers.find(concat(",", controller, ",")) == std::string::npos) continue;
+      mount += "/" + controller;
     }
     // Inside a container the path may not exist; then the root of the mount is the own cgroup.
     while (!path.empty() && path != "/") {
-      folders.push_back(root + path);
+      folders.push_back(mount + path);
       path.resize(path.find_last_of('/'));
     }
-    folders.push_back(root);
+    folders.push_back(mount);
   }
   return folders;
 }
 
-size_t available_memory() {
-  size_t available = system_available();
-  for (const std::string& folder : cgroup_folders("memory")) {
+size_t available_memory(const std::string& root) {
+  size_t available = system_available(root);
+  for (const std::string& folder : cgroup_folders("memory", root)) {
     size_t limit = read_limit(folder + "/memory.max");
     size_t used = read_limit(folder + "/memory.current");
     if (limit == kUnlimited) {

@@ -8,12 +8,12 @@
 namespace frspec::cpu {
 
 // Folders of the process's cgroup for a controller and of the cgroups around it, innermost first
-// (cgroup v1 and v2).
-std::vector<std::string> cgroup_folders(const std::string& controller);
+// (cgroup v1 and v2). Here and below, `root` is where /proc and /sys are, "" but in tests.
+std::vector<std::string> cgroup_folders(const std::string& controller, const std::string& root);
 
 // Bytes that an allocation may still take: the system's available memory, and the room in the
 // memory limits of the cgroups.
-size_t available_memory();
+size_t available_memory(const std::string& root = "");
 
 // Zero-filled memory, aligned to huge pages and backed by them where the system grants them.
 class HostMemory {

@@ -7,7 +7,6 @@
 // called.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -1,8 +1,6 @@
 // Packed weights: placing rows into panels, gathering rows out of them, embedding.
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "check.h"

@@ -52,16 +52,16 @@ uint32_t region_of(uint64_t state_or_progress) {
 // Of the grains that are left, half at a time: the rest can go to who is done first.
 int64_t chunk_size(int64_t left) { return (left + 1) / 2; }
 
-// CPUs that the quota of the process's cgroups allows, rounded up; a large number without a quota.
-int quota_threads() {
+}  // namespace
+
+int quota_threads(const std::string& root) {
   int allowed = 1 << 16;
-  for (const std::string& folder : cgroup_folders("cpu")) {
-    double quota = -1;
+  for (const std::string& folder : cgroup_folders("cpu", root)) {
+    double quota = -1;  // microseconds a period; cpu.max says "max" where there is none
     double period = 0;
     std::ifstream unified(folder + "/cpu.max");
-    std::string text;
-    if (unified >> text >> period) {
-      if (text != "max") quota = std::stod(text);
+    if (unified) {
+      unified >> quota >> period;
     } else {
       std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
       std::ifstream(folder + "/cpu.cfs_period_us") >> period;
@@ -73,15 +73,13 @@ int quota_threads() {
   return allowed;
 }
 
-}  // namespace
-
 int usable_threads() {
   cpu_set_t set;
   CPU_ZERO(&set);
   int count = 0;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) count = CPU_COUNT(&set);
   if (count <= 0) count = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  return std::min(count, quota_threads());
+  return std::min(count, quota_threads(""));
 }
 
 ThreadPool::ThreadPool(int threads)

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -18,6 +19,9 @@ namespace frspec::cpu {
 
 // The number of CPUs that this process may use: scheduler affinity and cgroup quota.
 int usable_threads();
+// CPUs that the quota of the process's cgroups allows, rounded up; a large number without a quota.
+// `root` as in host_memory.h.
+int quota_threads(const std::string& root);
 
 class ThreadPool {
  public:

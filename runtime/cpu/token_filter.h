@@ -7,11 +7,6 @@
 
 namespace frspec::cpu {
 
-inline bool filters(const Sampling& sampling, int64_t vocab) {
-  return (sampling.top_k > 0 && sampling.top_k < vocab) || sampling.top_p < 1.0f ||
-         sampling.min_p > 0.0f;
-}
-
 // Writes to `kept` [vocab], in no particular order, the tokens of a row of logits that remain, and
 // returns their number (>= 1). max: the largest logit, finite. Likelier means the higher logit, of
 // equal ones the lower token. NaN logits are never kept.

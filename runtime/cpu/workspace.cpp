@@ -2,14 +2,15 @@
 #include <algorithm>
 
 #include "check.h"
+#include "config.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/workspace.h"
 
 namespace frspec::cpu {
 
+static_assert(kMaxHeadDim == frspec::kMaxHeadDim);
+
 void CpuBackend::layout(Arena& arena, const WorkspaceLimits& limits) {
-  FRSPEC_CHECK(limits.head_dim <= kMaxHeadDim, ModelError,
-               "the CPU's attention has head_dim up to ", kMaxHeadDim, ", found ", limits.head_dim);
   FRSPEC_CHECK(limits.group_heads <= kAttentionQueries, ModelError,
                "the CPU's attention has up to ", kAttentionQueries,
                " query heads for a key/value head, found ", limits.group_heads);

@@ -210,7 +210,7 @@ TEST_CASE("sizes without a kernel are refused before anything is loaded") {
   EngineOptions options;
   options.model = test::write_tiny_target("wide_heads", sizes);
   options.device = "cpu";
-  CHECK_THROWS_WITH_AS(Engine{options}, doctest::Contains("head_dim up to 256, found 264"),
+  CHECK_THROWS_WITH_AS(Engine{options}, doctest::Contains("a multiple of 8 up to 256, found 264"),
                        ModelError);
 }
 

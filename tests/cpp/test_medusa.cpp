@@ -212,7 +212,7 @@ TEST_CASE("with a sub-vocabulary") {
   for (const int64_t size : {0, 5, 64, 210, 211}) {
     EngineOptions options = medusa_options("sub_vocab", {4, 5, 24});
     options.ranking = test::write_tiny_ranking("medusa_ranking", kSizes.vocab);
-    options.vocab_size = size;
+    options.draft_vocab_size = size;
     Engine engine(options);
     engine.load();
     CHECK(engine.draft_vocab_size() == (size == 0 ? kSizes.vocab : size));
@@ -333,7 +333,7 @@ TEST_CASE("heads that do not fit are refused by name") {
   options.drafter = test::write_tiny_medusa("medusa_other_vocab", other);
   says(model_error(options), "\"0.1.weight\": expected shape [211, 40], found [210, 40]");
   options.ranking = test::write_tiny_ranking("medusa_ranking", kSizes.vocab);
-  options.vocab_size = 64;
+  options.draft_vocab_size = 64;
   says(model_error(options), "\"0.1.weight\": expected shape [211, 40], found [210, 40]");
 
   const auto with_config = [&](const nlohmann::json& config) {

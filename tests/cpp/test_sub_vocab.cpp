@@ -17,9 +17,10 @@ struct RankingFile {
   std::vector<int32_t> token_ids = {5, 3, 9, 0, 7, 1, 8, 2};
   std::vector<int64_t> counts = {80, 70, 60, 50, 40, 30, 20, 10};
   std::map<std::string, std::string> metadata = {
-      {"format", "frspec-ranking"}, {"tokenizer_fingerprint", "abc"},
-      {"special_ids", "[1]"},       {"vocab_size", "10"},
-      {"corpus", "test"},           {"tokens_counted", "360"}};
+      {"format", "frspec-ranking"}, {"version", "1"},
+      {"special_ids", "[1]"},       {"tokenizer_fingerprint", "abc"},
+      {"corpus", "test"},           {"tokens_counted", "360"},
+      {"vocab_size", "10"}};
 
   std::string write(const TempFolder& folder) const {
     return folder.write(
@@ -121,6 +122,9 @@ TEST_CASE("sub_vocab: files that are no rankings") {
   check_names(error(ranking), {"format \"frspec-ranking\"", "found \"pt\""});
   ranking.metadata.erase("format");
   check_names(error(ranking), {"found none"});
+  RankingFile newer;
+  newer.metadata["version"] = "2";
+  check_names(error(newer), {"version \"1\"", "found \"2\""});
   RankingFile specials;
   for (const char* text : {"", "1", "[1", "[-1]", "[1.5]", "[\"a\"]"}) {
     specials.metadata["special_ids"] = text;

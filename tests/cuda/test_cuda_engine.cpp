@@ -76,7 +76,7 @@ TEST_CASE("with a sub-vocabulary, too") {
   for (const int64_t size : {5, 64}) {
     EngineOptions options = tiny_options("sub_vocab", {4, 5, 24});
     options.ranking = test::write_tiny_ranking("cuda_sub_vocab_ranking", kSizes.vocab);
-    options.vocab_size = size;
+    options.draft_vocab_size = size;
     Engine engine(options);
     engine.load();
     CHECK(engine.draft_vocab_size() == size);
@@ -104,7 +104,7 @@ TEST_CASE("Medusa writes what plain decoding writes, too") {
     options.drafter =
         test::write_predictable_medusa("cuda_medusa_heads", kSizes, {4, each.layers, "", 0});
     options.ranking = test::write_tiny_ranking("cuda_medusa_ranking", kSizes.vocab);
-    options.vocab_size = each.vocab_size;
+    options.draft_vocab_size = each.vocab_size;
     Engine engine(options);
     engine.load();
     for (const Sampling& sampling : kSamplings) {

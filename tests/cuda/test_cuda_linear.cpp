@@ -93,6 +93,32 @@ void check_linear(DType dtype, DType out_dtype, int64_t n, int64_t out, int64_t 
   CHECK(worst <= 1.0);
 }
 
+void check_swiglu(DType dtype, int64_t n, int64_t out, int64_t in, int parts, bool bias) {
+  CAPTURE(dtype_name(dtype));
+  CAPTURE(n);
+  CAPTURE(out);
+  Stream stream;
+  Random random(static_cast<uint32_t>(n + out));
+  const DeviceMatrix x(dtype, n, in, random);
+  const TestWeight gate(dtype, out, in, random, bias);
+  const TestWeight up(dtype, out, in, random, bias);
+  DeviceMatrix y(dtype, n, out);
+  const LinearSplit split = split_in(parts, in);
+  const Scratch scratch(n, out, true, split);
+  linear(y.tensor(), x.tensor(), gate.weight(), &up.weight(), nullptr, split, scratch.view(),
+         stream);
+  y.download(stream);
+  double worst = 0;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t o = 0; o < out; ++o) {
+      const double want = silu(gate.dot(x.row(r), o)) * up.dot(x.row(r), o);
+      const double allowed = std::fabs(want) * (epsilon(dtype) + 1e-4) + 1e-4;
+      test::keep_worst(worst, std::fabs(want - y.row(r)[o]) / allowed);
+    }
+  }
+  CHECK(worst <= 1.0);
+}
+
 }  // namespace
 
 TEST_CASE("linear equals the double-precision product for ragged shapes") {
@@ -179,30 +205,28 @@ TEST_CASE("linear_swiglu equals silu(gate) * up in double precision") {
                                             {9, 136, 512, 2},
                                             {20, 72, 136, 2},
                                             {70, 64, 1024, 4}}) {
-      CAPTURE(n);
-      CAPTURE(out);
-      Stream stream;
-      Random random(static_cast<uint32_t>(n + out));
-      const DeviceMatrix x(dtype, n, in, random);
-      const TestWeight gate(dtype, out, in, random, n == 5);
-      const TestWeight up(dtype, out, in, random, n == 5);
-      DeviceMatrix y(dtype, n, out);
-      const LinearSplit split = split_in(parts, in);
-      const Scratch scratch(n, out, true, split);
-      linear(y.tensor(), x.tensor(), gate.weight(), &up.weight(), nullptr, split, scratch.view(),
-             stream);
-      y.download(stream);
-      double worst = 0;
-      for (int64_t r = 0; r < n; ++r) {
-        for (int64_t o = 0; o < out; ++o) {
-          const double want = silu(gate.dot(x.row(r), o)) * up.dot(x.row(r), o);
-          const double allowed = std::fabs(want) * (epsilon(dtype) + 1e-4) + 1e-4;
-          test::keep_worst(worst, std::fabs(want - y.row(r)[o]) / allowed);
-        }
-      }
-      CHECK(worst <= 1.0);
+      check_swiglu(dtype, n, out, in, parts, n == 5);
     }
   }
+}
+
+TEST_CASE("products that cannot be made are refused") {
+  Stream stream;
+  Random random(4);
+  const DeviceMatrix x(DType::kBF16, 2, 128, random);
+  const TestWeight gate(DType::kBF16, 64, 128, random, false);
+  DeviceMatrix y(DType::kBF16, 2, 64);
+  const auto multiply = [&](const LinearWeight* up, const LinearSplit& split) {
+    const Scratch scratch(2, 64, up != nullptr, {4, 64});
+    linear(y.tensor(), x.tensor(), gate.weight(), up, nullptr, split, scratch.view(), stream);
+  };
+  CHECK_THROWS_AS(multiply(nullptr, {2, 32}), Error);   // parts end within a stage
+  CHECK_THROWS_AS(multiply(nullptr, {1, 64}), Error);   // parts end before the matrix does
+  CHECK_THROWS_AS(multiply(nullptr, {40, 64}), Error);  // more parts than are planned
+  LinearWeight narrow = gate.weight();
+  narrow.in_features = 64;
+  CHECK_THROWS_AS(multiply(&narrow, {1, 128}), Error);
+  multiply(&gate.weight(), {1, 128});
 }
 
 // fp32 outputs: rounding to 16 bits would hide a changed order of summation.
@@ -236,6 +260,37 @@ TEST_CASE("a row of linear has the same bits alone and among others") {
         }
       }
     }
+  }
+}
+
+// Short pipelines, as gate and up of a model have them, whose places are used again.
+TEST_CASE("products of more blocks than multiprocessors") {
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "test");
+  constexpr int64_t kIn = 640;
+  const int64_t out = (multiprocessors / 2 + 1) * int64_t{128};  // in two parts
+  for (const int64_t n : {1, 9, 20, 60}) {
+    check_linear(DType::kBF16, DType::kF32, n, out, kIn, 2, true, false);
+    check_swiglu(DType::kBF16, n, (multiprocessors + 1) * int64_t{64}, kIn, 1, true);
+  }
+
+  Stream stream;
+  Random random(12);
+  const DeviceMatrix x(DType::kBF16, 60, kIn, random);
+  const TestWeight weight(DType::kBF16, out, kIn, random, false);
+  const LinearSplit split = split_in(2, kIn);
+  const Scratch scratch(60, out, false, split);
+  DeviceMatrix many(DType::kF32, 60, out);
+  linear(many.tensor(), x.tensor(), weight.weight(), nullptr, nullptr, split, scratch.view(),
+         stream);
+  many.download(stream);
+  for (const int64_t r : {0, 8, 59}) {
+    DeviceMatrix alone(DType::kF32, 1, out);
+    linear(alone.tensor(), x.tensor().row_slice(r, 1), weight.weight(), nullptr, nullptr, split,
+           scratch.view(), stream);
+    alone.download(stream);
+    CAPTURE(r);
+    CHECK(equal_bits(many.row(r), alone.row(0), out));
   }
 }
 

@@ -49,6 +49,7 @@ inline void copy_box_async(void* shared, const CUtensorMap& map, int column, int
   emulation::copy_box(shared, map, column, row, barrier);
 }
 
+inline void reads_before_copies() {}
 inline void prefetch_map(const CUtensorMap&) {}
 
 inline void wgmma_begin(emulation::Site site = emulation::Site::current()) {

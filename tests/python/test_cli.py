@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from command_line import FRSPEC, environment, run_frspec, write_talking_model
-from frspec import Generator, RequestError
+from frspec import Generator, RequestError, _core
 from frspec.cli import _COMMANDS
 from frspec.options import _byte_count
 from reference import tiny
@@ -291,6 +291,30 @@ def test_info_plans_without_loading(files) -> None:
     assert f"{memory['total_bytes']:,}" in table.stdout
     assert "context of 512 tokens" in table.stdout
     assert "\x1b" not in table.stdout and "│" not in table.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "eval"])
+def test_help_tells_the_default_tree(command) -> None:
+    text = " ".join(run_frspec(command, "--help", env={"COLUMNS": "80"}).stdout.split())
+    depth, topk, tokens, least = _core.default_tree("cpu")
+    for size in (depth, topk, tokens):
+        assert f"default: {size} on a CPU" in text
+    assert f"default: {least} on a CPU" in text
+
+
+def test_info_where_a_config_leaves_out_what_has_a_default(tmp_path) -> None:
+    folder = write_talking_model(tmp_path / "model", MODEL.with_(kv_heads=MODEL.heads))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": None}))
+    facts = json.loads(run_frspec("info", "--model", folder, "--json").stdout)
+    assert facts["model"]["key_value_heads"] == MODEL.heads
+
+
+def test_a_ranking_in_the_home_folder(files) -> None:
+    args = ["info", "--model", files.model, "--drafter", files.drafter, "--vocab-size", 128]
+    home = {"HOME": str(files.ranking.parent)}
+    done = run_frspec(*args, "--ranking", f"~/{files.ranking.name}", "--json", env=home)
+    assert json.loads(done.stdout)["model"]["draft_vocab_size"] == 128
 
 
 def test_info_tells_what_does_not_fit(files) -> None:

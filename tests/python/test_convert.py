@@ -143,6 +143,20 @@ def test_what_the_runtime_does_not_read_is_converted_though_it_is_safetensors(tm
         convert(tmp_path / "single", tmp_path / "tokenized")
 
 
+def test_a_single_file_goes_before_shards_as_it_does_in_the_runtime(tmp_path) -> None:
+    model = write_model(tmp_path / "model", {})
+    (model / "pytorch_model.bin").unlink()
+    save_file(model_tensors(), model / "model.safetensors")
+    others = {name: tensor + 1 for name, tensor in model_tensors().items()}
+    save_file(others, model / "shard.safetensors")
+    index = {"weight_map": dict.fromkeys(others, "shard.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert(model, tmp_path / "out") == model
+    written = read_safetensors(convert(model, tmp_path / "out", dtype="bf16") / "model.safetensors")
+    for name, tensor in model_tensors().items():
+        np.testing.assert_array_equal(written[name][1], round_to_bf16(tensor))
+
+
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
 @pytest.mark.parametrize(
     ("change", "message"),

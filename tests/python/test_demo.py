@@ -15,7 +15,9 @@ import pytest
 
 from command_line import run_frspec, write_talking_model
 from frspec import Generator, MemoryPlanError, RequestError, Tree, demo
+from frspec.cli import main
 from frspec.demo_model import DRAFTER, RANKING, cache_folder, cached_model
+from frspec.evaluation.pool import GeneratorPool
 from frspec.options import draft_tree
 from frspec.tree import default_tree
 from reference import tiny
@@ -92,10 +94,40 @@ def test_where_memory_holds_one_generator(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(demo, "PROMPTS", ("w1 w2", "w3"))
     gc.disable()  # a generator goes when nobody holds it, not some time later
     try:
-        results = demo._measure(demo._Pool(load), demo.PROMPTS, {"max_new_tokens": 3})
+        pool = GeneratorPool(load, demo._warm_up)
+        results = demo._measure(pool, demo.PROMPTS, {"max_new_tokens": 3})
     finally:
         gc.enable()
     assert [len(found) for found in results.values()] == [2] * len(demo.CONFIGURATIONS)
+
+
+def test_another_text_than_plain_decoding_is_told(monkeypatch, capsys, tmp_path) -> None:
+    folder = write_talking_model(tmp_path / "model", MODEL)
+    drafter = tiny.write_drafter(tmp_path / "drafter", MODEL, folder, tiny.TinyDrafter(noise=0))
+    loaded = []
+
+    class Wrong(Generator):
+        """The last one of the four configurations' three writes one token otherwise."""
+
+        def __init__(self, *args, vocab_size, **options):
+            super().__init__(folder, drafter, max_context=256)
+            self.wrong = vocab_size == demo.CONFIGURATIONS[-1].vocab_size
+            loaded.append(self)
+
+        def generate(self, *args, **request):
+            result = super().generate(*args, **request)
+            if self.wrong:
+                result.token_ids[-1] ^= 1
+            return result
+
+    monkeypatch.setattr(demo, "Generator", Wrong)
+    args = ["demo", "--model", str(folder), "--json", "--max-new-tokens", "4", "--prompts"]
+    assert main([*args, "2"]) == 1
+    assert len(loaded) == 3
+    printed = capsys.readouterr()
+    assert [row["identical"] for row in json.loads(printed.out)["rows"]] == [2, 2, 2, 0]
+    expected = "frspec: EAGLE-2 + FR 8k wrote another text than plain decoding for 2 of 2 prompts\n"
+    assert printed.err == expected
 
 
 @pytest.mark.parametrize("option", [["--temperature", "-1"], ["--seed", 2**70], ["--prompts", 0]])

@@ -13,7 +13,6 @@ import pytest
 from evaluation_files import SPEC_BENCH, EvaluationFiles, write_evaluation_files, write_json_lines
 from frspec import EvaluationError
 from frspec.evaluation.datafiles import data_file, read_records
-from frspec.evaluation.generate import Setup
 from frspec.evaluation.methods import Configuration, configurations
 from frspec.evaluation.process_workers import ProcessWorkers, divide
 from frspec.evaluation.prompts import gsm8k_prompt
@@ -23,6 +22,7 @@ from frspec.evaluation.schedule import Reply, run_jobs
 from frspec.evaluation.scoring import gsm8k_answer, gsm8k_reference, human_eval_completion
 from frspec.evaluation.statistics import Run
 from frspec.evaluation.tasks import TASKS, load_questions, parse_tasks
+from frspec.evaluation.worker import Setup
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 METHODS = (Configuration("plain"), Configuration("eagle2"), Configuration("eagle2", 128))
@@ -233,7 +233,7 @@ def test_the_prompts_of_a_dead_worker_are_done_by_another(files, tmp_path, monke
 
 def test_all_workers_dead(files, tmp_path) -> None:
     workers = DyingWorkers(make_setup(files), 2, {0, 1})
-    from frspec.evaluation.generate import Job
+    from frspec.evaluation.worker import Job
 
     jobs = [Job(question, METHODS) for question in questions_of(files)]
     try:
@@ -269,7 +269,7 @@ class ScriptedWorkers:
 
 
 def test_a_question_that_ends_every_worker_is_left_out(files) -> None:
-    from frspec.evaluation.generate import Job
+    from frspec.evaluation.worker import Job
 
     jobs = [Job(question, METHODS) for question in questions_of(files)]
     poison = jobs[1]
@@ -288,7 +288,7 @@ def test_a_question_that_ends_every_worker_is_left_out(files) -> None:
 
 
 def test_a_worker_that_dies_between_two_jobs(files) -> None:
-    from frspec.evaluation.generate import Job
+    from frspec.evaluation.worker import Job
 
     jobs = [Job(question, METHODS) for question in questions_of(files)][:1]
 
@@ -307,7 +307,7 @@ def test_a_worker_that_dies_between_two_jobs(files) -> None:
 
 
 def test_an_error_of_a_job_ends_the_run(files) -> None:
-    from frspec.evaluation.generate import Job
+    from frspec.evaluation.worker import Job
 
     jobs = [Job(question, METHODS) for question in questions_of(files)]
 

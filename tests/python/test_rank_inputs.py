@@ -13,7 +13,7 @@ import pytest
 from command_line import run_frspec
 from evaluation_files import read_json_lines, write_evaluation_files, write_json_lines
 from frspec.errors import HubError, RankingError
-from frspec.evaluation.generate import mark_identity
+from frspec.evaluation.worker import mark_identity
 from frspec.ranking import Ranking, chunk, compressed, file_chunks, table_chunks
 from frspec.ranking.corpus import read_chunks
 from frspec.ranking.table_chunks import HubDataset

@@ -200,12 +200,11 @@ def test_other_files_are_refused(tmp_path):
 @given(data=st.data())
 def test_subset_by_its_definition(data):
     counts = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=20))
-    ids = st.lists(st.integers(0, len(counts) - 1), max_size=4)
-    special, always = data.draw(ids), data.draw(ids)
+    special = data.draw(st.lists(st.integers(0, len(counts) - 1), max_size=8))
     ranking = make(counts, special_ids=special)
-    forced = set(special) | set(always)
+    forced = set(special)
     n = data.draw(st.integers(max(1, len(forced)), len(counts)))
-    subset = ranking.subset(n, always=always)
+    subset = ranking.subset(n)
     assert subset.dtype == np.int32 and len(subset) == n
     rest = [i for i in ranking.token_ids.tolist() if i not in forced][: n - len(forced)]
     expected = [i for i in ranking.token_ids.tolist() if i in forced or i in rest]
@@ -217,14 +216,12 @@ def test_subset_by_its_definition(data):
 
 
 def test_impossible_subsets_are_refused():
-    ranking = make([4, 3, 2, 1], special_ids=[2, 3])
+    ranking = make([4, 3, 2, 1], special_ids=[1, 2, 3])
     for n in (0, -1, 5):
         with pytest.raises(RankingError, match=rf"expected a size in \[1, 4\], found {n}"):
             ranking.subset(n)
     with pytest.raises(RankingError, match="2 ids cannot hold the 3 that must be in it"):
-        ranking.subset(2, always=[0])
-    with pytest.raises(RankingError, match="always: expected ids in"):
-        ranking.subset(3, always=[4])
+        ranking.subset(2)
 
 
 def test_imported_list_gets_the_ids_it_lacks():

@@ -77,7 +77,7 @@ def test_an_interrupt_ends_the_stream(generator):
 
     class Interrupted:
         finish_reason = None
-        device, timings, reused_tokens = "cpu", {}, 0
+        timings, reused_tokens = {}, 0
 
         def step(self):
             raise KeyboardInterrupt
@@ -86,4 +86,27 @@ def test_an_interrupt_ends_the_stream(generator):
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert stream.result.finish_reason == "cancelled"
+    assert list(stream) == []
+
+
+def test_a_device_that_fails_ends_the_stream_with_its_own_error(generator):
+    stream = generator.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    stream._step()
+
+    class Broken:  # as a GPU after a kernel's failure: whatever is asked of it fails again
+        finish_reason = None
+        timings, reused_tokens = {}, 0
+
+        def step(self):
+            raise frspec.DeviceError("waiting for the device: cudaErrorIllegalAddress")
+
+        @property
+        def device(self):
+            raise frspec.DeviceError("asking for free memory: cudaErrorIllegalAddress")
+
+    stream._engine = generator._engine = Broken()
+    with pytest.raises(frspec.DeviceError, match="waiting for the device"):
+        next(stream)
+    assert (stream.result.finish_reason, stream.result.device) == ("cancelled", "cpu")
+    stream.close()
     assert list(stream) == []

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from frspec.errors import ModelError, RequestError
-from frspec.streaming import _LocalDecoder, _WholeDecoder
-from frspec.tokenizer import StopMatcher, StreamDecoder, Tokenizer
+from frspec.streaming import StopMatcher, StreamDecoder, _LocalDecoder, _WholeDecoder
+from frspec.tokenizer import Tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. It's 12:30, isn't it?\n\n  def f(x):\n    return",

@@ -1,5 +1,4 @@
 // Attention of one token and of a tree over several contexts.
-#include <algorithm>
 
 #include "bench.h"
 

@@ -84,7 +84,7 @@ json measure_memory(const Bench& bench) {
   options.model = bench.settings.model;
   options.drafter = bench.settings.drafter;
   options.ranking = bench.settings.ranking;
-  options.vocab_size = std::min(bench.settings.sub_vocab, bench.target.vocab_size);
+  options.draft_vocab_size = std::min(bench.settings.sub_vocab, bench.target.vocab_size);
   options.device = concat("cuda:", bench.settings.device);
   options.max_context = std::min<int64_t>(1024, bench.target.max_position_embeddings);
   options.tree = bench.settings.tree;

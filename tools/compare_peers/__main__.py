@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,10 +28,10 @@ from rich.progress import track
 
 import frspec
 from frspec.errors import RequestError
-from frspec.evaluation.generate import chat_messages
 from frspec.evaluation.methods import short_size
 from frspec.evaluation.report import markdown_table
 from frspec.evaluation.tasks import TASKS, load_questions
+from frspec.evaluation.worker import chat_messages
 from frspec.files import write_whole
 from frspec.options import tree
 from frspec.tokenizer import Tokenizer
@@ -80,7 +79,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=10, help="questions of each task")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--max-context", type=int, default=4096)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=frspec._core.usable_threads())
     parser.add_argument("--json", type=Path, help="write the settings and the figures to this file")
     args = parser.parse_args()
     if args.max_new_tokens < 2:  # speeds are those of the tokens behind the first one

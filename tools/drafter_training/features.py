@@ -247,7 +247,7 @@ def read_tensor(folder: Path, name: str) -> torch.Tensor | None:
     """A tensor of a model folder (one file or shards with an index), None when it has none."""
     index = folder / "model.safetensors.index.json"
     file_name = "model.safetensors"
-    if index.is_file():
+    if not (folder / file_name).is_file():
         file_name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name)
         if file_name is None:
             return None

@@ -47,7 +47,7 @@ EngineOptions with_configuration(EngineOptions options, const Configuration& con
     options.drafter = configuration.drafter;
     if (!read_medusa_config(configuration.drafter)) options.medusa_tree.reset();
   }
-  options.vocab_size = configuration.vocab_size;
+  options.draft_vocab_size = configuration.vocab_size;
   options.tree = configuration.tree;
   options.plant = configuration.accept_length > 0;
   return options;

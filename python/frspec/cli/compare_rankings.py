@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..console import write_json, write_table
+from ..console import print_json, write_table
 from ..errors import RankingError
 from ..evaluation.tasks import TASKS, load_questions
 from ..hub import resolve
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     shared = compare.overlaps(first, second, sizes)
     covered = compare.coverages(first, second, texts, sizes)
     if args.json:
-        write_json(_as_json(first, second, shared, covered))
+        print_json(_as_json(first, second, shared, covered))
     else:
         _write_tables(first, second, shared, covered)
     return 0

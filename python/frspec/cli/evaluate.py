@@ -13,13 +13,13 @@ from rich.progress import track
 from .. import hub
 from ..errors import RequestError
 from ..evaluation import humaneval, plots, report
-from ..evaluation.generate import Setup
 from ..evaluation.methods import LABELS, PLAIN, Configuration, configurations
 from ..evaluation.results import FILE_NAME, ResultsFile, read_results
 from ..evaluation.run import check_template, generate, make_header, plan_methods, say
 from ..evaluation.sandbox import check_isolation
 from ..evaluation.statistics import Run
 from ..evaluation.tasks import TASKS, load_questions, parse_tasks
+from ..evaluation.worker import Setup
 from ..generator import plan_engine
 from ..medusa import drafter_method, read_medusa_choices
 from ..options import (

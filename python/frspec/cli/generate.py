@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..console import write_json, write_stream, write_summary
+from ..console import print_json, write_stream, write_summary
 from ..errors import ModelError, RequestError
 from ..generator import Generator, Prompt, TextStream
 from ..options import (
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     finished = _exhaust(stream) if args.json else write_stream(stream)
     result = stream.result
     if args.json:
-        write_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result))
     elif not _has_tokenizer(generator):
         print(*result.token_ids)
     elif not result.text.endswith("\n"):

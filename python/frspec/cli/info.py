@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..console import format_bytes, write_json, write_table
+from ..console import format_bytes, print_json, write_table
 from ..errors import RequestError
 from ..generator import plan_engine
 from ..options import add_machine_options, add_model_options, add_tree_options, generator_options
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         facts |= _describe_model(args)
     if args.json:
-        write_json(facts)
+        print_json(facts)
         return 0
     _print_build(facts["build"])
     if args.model is not None:
@@ -90,7 +90,7 @@ def _describe_model(args: argparse.Namespace) -> dict[str, Any]:
             "layers": config["num_hidden_layers"],
             "hidden_size": config["hidden_size"],
             "attention_heads": heads,
-            "key_value_heads": config.get("num_key_value_heads", heads),
+            "key_value_heads": config.get("num_key_value_heads") or heads,
             "vocab_size": engine.vocab_size,
             "dtype": engine.dtype,
             "step_bytes": engine.step_bytes,

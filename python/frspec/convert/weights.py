@@ -16,10 +16,10 @@ from frspec.errors import ConversionError
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-# In the order in which a folder is searched.
+# In the order in which a folder is searched, the runtime's and Hugging Face's.
 _FOLDER_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
     "medusa_lm_head.safetensors",

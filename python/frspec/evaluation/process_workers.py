@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 from collections.abc import Hashable, Iterable, Sequence
 
+from .. import _core
 from ..errors import DeviceError, EvaluationError, FrspecError
 from ..generator import plan_engine
-from .generate import Job, Setup, Worker
 from .schedule import Reply
+from .worker import Job, Setup, Worker
 
 
 class ProcessWorkers:
@@ -83,8 +83,7 @@ def divide(setup: Setup, count: int) -> list[Setup]:
         return [setup.on(device=f"cuda:{number}") for number in range(count)]
     if setup.machine["threads"] is not None:
         return [setup] * count
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [setup.on(threads=max(1, (usable or 1) // count))] * count
+    return [setup.on(threads=max(1, _core.usable_threads() // count))] * count
 
 
 def _gpu_count(setup: Setup, most: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import _core
 from ..errors import EvaluationError, FrspecError
-from .generate import Job, Setup, Worker
 from .schedule import Reply
+from .worker import Job, Setup, Worker
 
 
 class RayWorkers:

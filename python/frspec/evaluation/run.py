@@ -26,12 +26,12 @@ from ..generator import plan_engine
 from ..tokenizer import Tokenizer
 from ..tree import Tree
 from .fingerprint import file_fingerprint, folder_fingerprint
-from .generate import Job, Setup, chat_messages, mark_identity
 from .methods import PLAIN, Configuration
 from .process_workers import ProcessWorkers
 from .results import Record, ResultsFile
 from .schedule import InlineWorker, Workers, run_jobs
 from .tasks import TASKS, Question
+from .worker import Job, Setup, chat_messages, mark_identity
 
 _TELL_EVERY_S = 60.0  # where no terminal shows the progress
 

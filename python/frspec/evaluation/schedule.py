@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol
 
 from ..errors import EvaluationError, FrspecError
-from .generate import Job, Setup, Worker
 from .results import Record
+from .worker import Job, Setup, Worker
 
 # Jobs that end this many workers are left out: it is they, not the workers.
 MAX_DEATHS = 2

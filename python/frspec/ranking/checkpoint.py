@@ -29,7 +29,7 @@ VERSION = "1"
 INTERVAL_SECONDS = 30.0
 
 
-class Checkpoint:
+class RunCheckpoint:
     """A file that an interrupted run goes on from.
 
     configuration: what the counts depend on, by the name that a person knows it by.

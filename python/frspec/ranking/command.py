@@ -27,7 +27,7 @@ from ..errors import RankingError
 from ..files import is_utf8
 from ..hub import resolve
 from ..tokenizer import Tokenizer
-from .checkpoint import Checkpoint
+from .checkpoint import RunCheckpoint
 from .chunk import Chunk
 from .corpus import check_sources, describe_source, name_of, parse_source, read_chunks
 from .count import ChunkCount, Tally, add_up, count_chunk
@@ -205,7 +205,7 @@ def _is_ranking(path: Path) -> bool:
 
 def _count(
     args: argparse.Namespace, folder: Path, tokenizer: Tokenizer
-) -> tuple[Ranking, Checkpoint | None]:
+) -> tuple[Ranking, RunCheckpoint | None]:
     sources = [parse_source(text) for text in args.input]
     total_bytes = check_sources(sources)  # before the bar: a missing file is one line
     console = Console(stderr=True)
@@ -213,7 +213,7 @@ def _count(
     start = Tally.empty(tokenizer.vocab_size)
     if args.checkpoint is not None:
         configuration = _configuration(args, tokenizer, sources)
-        checkpoint = Checkpoint(args.checkpoint, configuration)
+        checkpoint = RunCheckpoint(args.checkpoint, configuration)
         start = checkpoint.load(tokenizer.vocab_size)
     if start.tokens:
         write_line(console, f"{args.checkpoint}: going on behind {start.tokens:,} tokens")

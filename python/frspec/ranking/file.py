@@ -181,18 +181,17 @@ class Ranking:
             row = int(rising.argmax()) + 1
             self._fail(f"token_ids: not ordered by descending count, then id, at row {row}")
 
-    def subset(self, n: int, always: Iterable[int] = ()) -> np.ndarray:
+    def subset(self, n: int) -> np.ndarray:
         """The ids of a sub-vocabulary, int32 [n], in rank order.
 
-        `special_ids` and `always` are in it, the rest are the most frequent. Ids of `always` that
-        the file does not hold (an imported list may lack them) come last.
+        `special_ids` are in it, the rest are the most frequent. Special ids that the file does not
+        rank (an imported list may lack them) come last. The runtime adds the model's end tokens,
+        which are special ids of the rankings that this package makes.
         """
         held = len(self.token_ids)
         if not 0 < n <= held:
             self._fail(f"sub-vocabulary: expected a size in [1, {held}], found {n}")
-        wanted = np.unique(np.array([*self.special_ids, *always], dtype=np.int64))
-        if wanted.size and not 0 <= wanted[0] <= wanted[-1] < self.vocab_size:
-            self._fail(f"sub-vocabulary: always: expected ids in [0, {self.vocab_size})")
+        wanted = np.unique(np.array(self.special_ids, dtype=np.int64))
         if wanted.size > n:
             self._fail(f"sub-vocabulary: {n} ids cannot hold the {wanted.size} that must be in it")
         forced = np.isin(self.token_ids, wanted)

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MemoryPlanError, RequestError
+from ..errors import RequestError
 from ..generator import Generator, Result
 from ..medusa import MedusaChoices
 from ..tree import Tree
 from .methods import PLAIN, Configuration
+from .pool import GeneratorPool
 from .results import Record
 from .tasks import TASKS, Question
 
@@ -63,14 +64,11 @@ class Job:
 
 
 class Worker:
-    """Generators by configuration, loaded when they are needed and warmed up.
-
-    Where memory is short only the latest one stays.
-    """
+    """What one process generates, with a generator for each configuration."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
-        self._loaded: dict[Configuration, Generator] = {}
+        self._generators = GeneratorPool(self._load, self._warm_up)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
 
     def run(self, job: Job) -> list[Record]:
@@ -81,7 +79,7 @@ class Worker:
         return records
 
     def _ask(self, question: Question, configuration: Configuration) -> list[Record]:
-        generator = self._generator(configuration)
+        generator = self._generators.get(configuration)
         request = dict(self._setup.request)
         request["max_new_tokens"] = (
             request.get("max_new_tokens") or TASKS[question.task].max_new_tokens
@@ -104,24 +102,14 @@ class Worker:
             messages.append(_message("assistant", result.text.strip()))
         return records
 
-    def _generator(self, configuration: Configuration) -> Generator:
-        if configuration not in self._loaded:
-            options = self._setup.generator_options(configuration)
-            try:
-                generator = Generator(**options)
-            except MemoryPlanError:
-                if not self._loaded:
-                    raise
-                self._loaded.clear()
-                generator = Generator(**options)
-            # The first passes touch memory and code for the first time: not what is measured. And a
-            # sampling parameter that is refused is so here, not question by question.
-            warm_up = {"max_new_tokens": _WARM_UP_TOKENS, "ignore_eos": True}
-            generator.generate(
-                [1], method=configuration.method, **dict(self._setup.request) | warm_up
-            )
-            self._loaded[configuration] = generator
-        return self._loaded[configuration]
+    def _load(self, configuration: Configuration) -> Generator:
+        return Generator(**self._setup.generator_options(configuration))
+
+    def _warm_up(self, generator: Generator, configuration: Configuration) -> None:
+        # With the sampling parameters: one that is refused is so here, not question by question.
+        request = dict(self._setup.request)
+        request |= {"max_new_tokens": _WARM_UP_TOKENS, "ignore_eos": True}
+        generator.generate([1], method=configuration.method, **request)
 
 
 def measure(result: Result) -> Record:
