@@ -26,6 +26,9 @@ Eagle::Eagle(const std::string& folder, const ModelConfig& target, std::vector<i
   config_.vocab_size = target.vocab_size;
   if (!config_.synthetic_seed) {
     checkpoint_ = std::make_unique<Checkpoint>(folder);
+    FRSPEC_CHECK(
+        checkpoint_->contains("fc.weight") || !checkpoint_->contains("model.embed_tokens.weight"),
+        ModelError, folder, ": expected an EAGLE or Medusa drafter, found a whole model");
     read_biases(*checkpoint_, config_);
   }
   topk_ = static_cast<int>(std::min<int64_t>(shape_.topk, head_width()));

@@ -65,6 +65,8 @@ Engine::Engine(const EngineOptions& options) : options_(options) {
   target_.config = read_model_config(options.model);
   if (!target_.config.synthetic_seed) {
     target_checkpoint_ = std::make_unique<Checkpoint>(options.model);
+    FRSPEC_CHECK(!target_checkpoint_->contains("fc.weight"), ModelError, options.model,
+                 ": expected a whole model, found an EAGLE drafter");
   }
   dtype_ = weight_dtype(options, target_.config, target_checkpoint_.get());
   backend_ = make_backend(options.device, options.threads);

@@ -14,6 +14,15 @@ from .errors import (
 from .generator import Generator, Result, TextStream, Timings
 from .tree import Tree
 
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'frspec' has no attribute {name!r}")
+    from importlib import metadata  # late: it takes as long as all the rest
+
+    return metadata.version("frspec")
+
+
 __all__ = [
     "ConversionError",
     "DeviceError",

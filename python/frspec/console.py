@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import rich.box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -74,22 +75,34 @@ def accept_length(accept_lengths: Sequence[int]) -> float:
     return sum(accept_lengths) / len(accept_lengths) if accept_lengths else 0.0
 
 
-def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout: with lines in a terminal, else aligned plain text.
+_LEAST_WORDS = 12  # columns of a terminal that fold words readably
 
-    The first column holds words; the others hold figures if they have a heading.
+
+def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout: with lines in a terminal that has room for it, else aligned plain text.
+
+    The first column holds words; the others hold figures if they have a heading. Where a terminal
+    is narrow, headings and words fold; figures stay whole.
     """
-    terminal = sys.stdout.isatty()
-    # Away from a terminal nothing may be folded at the 80 columns that rich assumes there.
-    console = Console() if terminal else Console(width=400, color_system=None)
-    table = Table(
-        box=rich.box.ROUNDED if terminal else None,
-        show_header=any(columns),
-        pad_edge=terminal,
-    )
-    for index, column in enumerate(columns):
-        justify = "right" if index and column else "left"
-        table.add_column(column, justify=justify, no_wrap=index == 0)  # headings fold instead
+    rows = list(rows)
+    cells = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(columns))]
+    natural = [max(cell_len(name), cells[i]) for i, name in enumerate(columns)]
+    folded = [max([cells[i], *map(cell_len, name.split())]) for i, name in enumerate(columns)]
+    console = Console()
+    room = console.width - (1 + 3 * len(columns))  # inside of the lines
+    whole = sum(natural) <= room
+    words = min(natural[0], room - sum(folded[1:]))
+    figures = any(columns)  # without headings there are only words, all of which may fold
+    boxed = sys.stdout.isatty() and (whole or not figures or words >= min(natural[0], _LEAST_WORDS))
+    if not boxed:  # nothing may be folded at the 80 columns that rich assumes away from a terminal
+        console = Console(width=400, color_system=None)
+    table = Table(box=rich.box.ROUNDED if boxed else None, show_header=figures, pad_edge=boxed)
+    for index, name in enumerate(columns):
+        width = None
+        if boxed and figures and not whole:
+            width = folded[index] if index else words
+        justify = "right" if index and name else "left"
+        table.add_column(name, justify=justify, overflow="fold", width=width)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     with console.capture() as capture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _EPILOG
     parser.add_argument(
-        "--model", metavar="DIR|HUB", help="take the model from there instead of fetching it"
+        "--model",
+        metavar="DIR|HUB",
+        help="take SmolLM2-135M-Instruct from there instead of fetching it",
     )
     parser.add_argument(
         "--prompts",
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             drafter=DRAFTER,
             ranking=RANKING,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size or "full",
             max_context=args.max_new_tokens + 256,  # the prompts are shorter
             device=args.device,
             threads=args.threads,
@@ -143,6 +146,9 @@ def run(args: argparse.Namespace) -> int:
         print_json({"prompts": len(prompts), **request, "rows": [asdict(row) for row in rows]})
     else:
         _print_rows(rows, prompts, args)
+        talk = ["frspec", "chat", "--model", str(model), "--drafter", str(DRAFTER)]
+        talk += ["--ranking", str(RANKING), "--vocab-size", str(_LIVE.vocab_size)]
+        print(f"\nTo talk with it:\n{shlex.join(talk)}")
     differing = [row for row in rows if row.identical != len(prompts)]
     for row in differing:
         print(

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
@@ -73,6 +73,8 @@ class Generator:
     threads.
 
     Raises ModelError, RankingError, HubError, RequestError, MemoryPlanError or DeviceError.
+
+    Its memory is free again when it is closed (`close`, or the end of a `with` block) or gone.
     """
 
     def __init__(
@@ -112,6 +114,19 @@ class Generator:
         self._requests = threading.RLock()  # held while `generate` writes a text
         self._current: TextStream | None = None
         self._load_s = time.perf_counter() - began
+
+    def close(self) -> None:
+        """Frees the memory; an open stream ends as "cancelled". Only RequestError comes after."""
+        with self._requests, self._lock:
+            if self._current is not None:
+                self._current._finish("cancelled")
+            self._engine = _Closed()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -244,6 +259,13 @@ class Generator:
         return np.ascontiguousarray(token_ids, np.int32)
 
 
+class _Closed:
+    """Stands where a generator's engine was."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RequestError("the generator is closed")
+
+
 class TextStream(Iterator[str]):
     """The pieces of one generation. `result` tells the rest; it is there once the stream ended."""
 
@@ -255,8 +277,9 @@ class TextStream(Iterator[str]):
         decoder: StreamDecoder | None,
         matcher: StopMatcher,
     ):
-        self._generator = generator
-        self._engine = generator._engine
+        self._generator: Generator | None = generator
+        self._engine: Engine | None = generator._engine
+        self._lock = generator._lock
         self._method: Method = method
         self._prompt_tokens = prompt_tokens
         self._decoder = decoder
@@ -277,7 +300,7 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """Ends the generation here; what was written stands in `result`, as "cancelled"."""
-        with self._generator._lock:
+        with self._lock:
             if self._result is None:
                 self._finish("cancelled")
 
@@ -295,7 +318,7 @@ class TextStream(Iterator[str]):
         return self._result
 
     def _step(self) -> str:
-        with self._generator._lock:
+        with self._lock:
             if self._result is not None:  # closed by another thread meanwhile
                 return ""
             if self._generator._current is not self:
@@ -341,7 +364,6 @@ class TextStream(Iterator[str]):
             self._pieces.append(rest)
         if self._generator._current is self:
             self._remember_engine()
-            # Two that hold each other would keep the weights in memory until a garbage collection.
             self._generator._current = None
         self._result = Result(
             text="".join(self._pieces),
@@ -354,6 +376,7 @@ class TextStream(Iterator[str]):
             device=self._generator._device,
             method=self._method,
         )
+        self._generator = self._engine = self._decoder = None  # whose memory may be wanted now
         return rest
 
 
@@ -384,6 +407,11 @@ def plan_engine(
             raise RequestError(f'vocab_size must be positive or "full", found {vocab_size}')
     fingerprint = ""
     if ranking is not None:
+        if vocab_size is None:
+            raise RequestError(
+                "a ranking needs vocab_size, how many of its tokens the drafter scores, or"
+                ' "full"; found none'
+            )
         if not isinstance(ranking, (str, os.PathLike)) or "\0" in os.fspath(ranking):
             raise RequestError(f"ranking: expected the path of a file, found {short(ranking)}")
         ranking = user_path(ranking)

@@ -54,7 +54,11 @@ def resolve(model: str | Path, files: Files = "model") -> Path:
     if is_folder:
         return path
     if path.exists():
-        raise ModelError(f"{path}: expected a model folder, found a file")
+        hint = f"; convert it first: frspec convert {path} OUT"
+        convertible = path.suffix in (".gguf", ".bin", ".pt", ".pth")
+        raise ModelError(
+            f"{path}: expected a model folder, found a file{hint if convertible else ''}"
+        )
     if isinstance(model, Path) or not looks_like_hub_id(model):
         raise ModelError(f"{path}: no such folder (and not a hub id, which reads owner/name)")
     return _fetch(model, files)

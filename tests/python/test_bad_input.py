@@ -353,6 +353,37 @@ def test_vocab_size(refused, files, size) -> None:
     refused("generate", *args, f"--vocab-size={size}", *PROMPT, expect=(size,))
 
 
+def test_model_and_drafter_in_each_others_place(refused, files) -> None:
+    args = ["generate", "--model", files.drafter, "--drafter", files.model, *PROMPT]
+    refused(*args, expect=(files.drafter, "a whole model", "an EAGLE drafter"))
+    args[2] = files.model
+    refused(*args, expect=(files.model, "EAGLE or Medusa drafter", "a whole model"))
+
+
+def test_a_model_that_is_to_be_converted_first(refused, tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    refused("generate", "--model", path, *PROMPT, expect=(f"frspec convert {path} OUT",))
+
+
+def test_ranking_without_a_size(refused, files) -> None:
+    common = ["generate", "--model", files.model, "--ranking", files.ranking, *PROMPT]
+    refused(*common, expect=("a ranking needs vocab_size", "found none"))
+    refused(*common, "--drafter", files.drafter, expect=("a ranking needs vocab_size",))
+
+
+@pytest.mark.parametrize(
+    ("typo", "expect"),
+    [
+        (["--promt", "x"], ("unrecognized argument --promt; did you mean --prompt?",)),
+        (["--prompt", "x", "--max-tokens=5"], ("--max-tokens; did you mean --max-new-tokens?",)),
+        (["--prompt", "x", "--zzz"], ("unrecognized argument --zzz (see frspec generate --help)",)),
+    ],
+)
+def test_options_that_do_not_exist(refused, files, typo, expect) -> None:
+    refused("generate", "--model", files.model, *typo, expect=expect)
+
+
 def test_vocab_size_alone(refused, files) -> None:
     common = ["generate", "--model", files.model, "--vocab-size", 64, *PROMPT]
     refused(*common, expect=("drafter",))

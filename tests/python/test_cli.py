@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import frspec
 from command_line import FRSPEC, environment, run_frspec, write_talking_model
 from frspec import Generator, RequestError, _core
 from frspec.cli import _COMMANDS
+from frspec.console import write_table
 from frspec.options import _byte_count
 from reference import tiny
 
@@ -216,7 +218,7 @@ def test_paths_that_are_not_utf_8(files, tmp_path) -> None:
         ["generate", "--prompt", "w1", "--model", odd],
         ["generate", "--prompt", "w1", "--model", files.model, "--drafter", odd],
         ["info", "--model", odd],
-        ["info", "--model", files.model, "--drafter", files.drafter, "--ranking", odd],
+        ["info", "--model", files.model, "--ranking", odd, "--vocab-size", "128"],
         ["rank-tokens", "--tokenizer", files.model, "--input", odd, "--out", tmp_path / "r"],
     ):
         done = subprocess.run([*FRSPEC, *command], capture_output=True, env=environment())
@@ -351,7 +353,41 @@ def test_help(command) -> None:
 
 
 def test_version() -> None:
-    assert re.fullmatch(r"frspec \S.*\n", run_frspec("--version").stdout)
+    text = run_frspec("--version").stdout
+    assert re.fullmatch(r"frspec \S.*\n", text)
+    assert text == f"frspec {frspec.__version__}\n"
+    with pytest.raises(AttributeError, match="no attribute 'versions'"):
+        _ = frspec.versions
+    done = subprocess.run([sys.executable, "-m", "frspec", "--version"], capture_output=True)
+    assert done.stdout.decode() == text
+
+
+COLUMNS = ["text", "tokens", "B - A, points"]
+ROWS = [["a-name-of-no-use-at-all.jsonl, another.jsonl", "27,123,456", "-7.03"]]
+
+
+def table(monkeypatch, capsys, width: int) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    write_table("Title", COLUMNS, ROWS)
+    title, *lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert title == "Title"
+    return lines
+
+
+@pytest.mark.parametrize("width", [100, 80, 60, 45, 38, 37, 10])
+def test_figures_of_a_table_stay_whole(monkeypatch, capsys, width) -> None:
+    lines = table(monkeypatch, capsys, width)
+    (row,) = (line for line in lines if "27,123,456" in line)
+    assert "-7.03" in row
+    if width < 38:  # lines would leave words less than 12 columns
+        assert row.split() == [*ROWS[0][0].split(), *ROWS[0][1:]]
+    else:
+        assert lines[0][0] == "╭" and {len(line) for line in lines} <= {max(map(len, lines))}
+        assert len(lines[0]) <= width
+        words = "".join(line.split("│")[1] for line in lines if "│" in line and "text" not in line)
+        assert words.replace(" ", "") == ROWS[0][0].replace(" ", "")
 
 
 @pytest.mark.parametrize(

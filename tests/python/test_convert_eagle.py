@@ -61,6 +61,10 @@ def test_eagle_drops_the_target_embedding(model: Path, tmp_path: Path, bias: boo
     assert (config["num_hidden_layers"], config["attention_bias"]) == (1, False)
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     assert convert(out, tmp_path / "again", note=notes.append) == out
+    assert convert(out, tmp_path / "again", target=model, note=notes.append) == out
+    other = write_model(tmp_path / "other", model_tensors(), hidden_size=HIDDEN // 2)
+    with pytest.raises(ConversionError, match="hidden_size: expected the target's"):
+        convert(out, tmp_path / "again", target=other)
 
 
 @pytest.mark.parametrize("drafter", ["float16", "bf16", "float32"])

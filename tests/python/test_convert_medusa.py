@@ -161,5 +161,5 @@ def test_wrong_heads(tmp_path: Path, change: dict, config: dict, message: str) -
 def test_heads_of_another_model(tmp_path: Path) -> None:
     source = write_heads(tmp_path / "heads", medusa_tensors())
     other = write_model(tmp_path / "other", model_tensors(), vocab_size=41)
-    with pytest.raises(ConversionError, match="vocab_size of the heads: expected the target's 41"):
+    with pytest.raises(ConversionError, match="vocab_size: expected the target's 41"):
         convert(source, tmp_path / "out", target=other, note=lambda _: None)

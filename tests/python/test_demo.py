@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import os
+import shlex
 import weakref
 import zipfile
 from pathlib import Path
@@ -71,6 +72,9 @@ def test_an_answer_live_and_a_table(real_model) -> None:
     assert len(table) == 4
     assert all("x" in line for line in table)
     assert all(line.endswith("all") for line in table[1:])
+    assert lines[-2] == "To talk with it:"
+    talk = run_frspec(*shlex.split(lines[-1])[1:], stdin="Hello\n")
+    assert talk.returncode == 0 and talk.stdout.strip()
 
 
 def test_the_package_ships_drafter_and_ranking() -> None:

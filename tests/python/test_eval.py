@@ -226,6 +226,13 @@ def test_two_drafters_of_one_method_are_refused(files, tmp_path) -> None:
     assert "--drafter: expected one for each method" in error_line(done)
 
 
+def test_sub_vocabularies_without_a_drafter_are_refused(files, tmp_path) -> None:
+    args = ["eval", "--model", files.model, "--spec-bench", files.spec_bench, "--out", tmp_path]
+    for more in (["--ranking", files.ranking], ["--vocab-sizes", 64]):
+        done = run_frspec(*args, *more)
+        assert "they need a --drafter" in error_line(done)
+
+
 def test_record_without_its_figures(finished, tmp_path) -> None:
     out, _ = finished
     header, first, *_ = read_json_lines(out / "results.jsonl")

@@ -188,6 +188,26 @@ def test_where_memory_does_not_hold_all_each_is_alone(model, tmp_path) -> None:
     assert done.returncode == 2 and "the memory plan needs" in done.stderr
 
 
+def test_prompts_from_files(model, tmp_path) -> None:
+    words, text = tmp_path / "words", tmp_path / "list.json"
+    words.write_text("5 6\n7\n")
+    text.write_text("[5, 6,7]\n")
+    report, _ = measure(
+        tmp_path / "report.json", "--model", model, "--token-ids", words, text, "--new-tokens", 4
+    )
+    assert [run["prompt_tokens"] for run in report["runs"]] == [3, 3]
+
+
+def test_a_report_that_nobody_gets_is_an_error(model) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [built_tool("frspec-bench"), "--model", model, "--prompt-tokens", "3"]
+            + ["--new-tokens", "2", "--repeats", "1"],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (2, "frspec-bench: error: stdout: cannot be written\n")
+
+
 def test_refusals(model, tmp_path) -> None:
     (tmp_path / "words").write_text("1 2 x")
     (tmp_path / "outside").write_text(f"1 {VOCAB}")

@@ -127,6 +127,23 @@ def test_what_is_no_archive(folder, tmp_path, capsys):
         rank(folder, "--input", tmp_path / "c.parquet.gz")
 
 
+def test_what_is_no_text(folder, tmp_path):
+    path = tmp_path / "c.jsonl.bz2"
+    path.write_bytes(b"BZh9" + bytes(9))
+    with pytest.raises(RankingError, match="expected plain text in UTF-8, found binary data"):
+        rank(folder, "--input", path)
+    path = tmp_path / "C.TXT"
+    path.write_text("some words", encoding="utf-16")
+    with pytest.raises(RankingError, match="C.TXT: expected plain text"):
+        rank(folder, "--input", path)
+
+
+def test_suffixes_in_capitals(folder, tmp_path):
+    path = tmp_path / "C.JSONL"
+    path.write_bytes(json_lines(TEXTS))
+    check_counts(rank(folder, "--input", path), TEXTS)
+
+
 def forbid_import(monkeypatch, package: str) -> None:
     real_import = builtins.__import__
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -87,6 +90,42 @@ def test_an_interrupt_ends_the_stream(generator):
         next(stream)
     assert stream.result.finish_reason == "cancelled"
     assert list(stream) == []
+
+
+def test_a_closed_generator_gives_its_memory_back(generator):
+    finished = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
+    expected = exhaust(finished)
+    open_stream = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
+    open_stream._step()
+    engine = sys.getrefcount(generator._engine)
+    assert engine == 3  # here, of the generator, and of the stream that goes on
+    with generator:
+        pass
+    assert open_stream.result.finish_reason == "cancelled"
+    assert finished.result.token_ids == expected  # what was written stays
+    assert list(open_stream) == []
+    generator.close()
+    for use in (
+        lambda: generator.generate(PROMPT),
+        lambda: generator.stream(PROMPT),
+        lambda: generator.memory_plan,
+    ):
+        with pytest.raises(frspec.RequestError, match="the generator is closed"):
+            use()
+
+
+def test_a_finished_stream_keeps_no_generator(new_tiny_generator):
+    generator = new_tiny_generator(tiny.FAMILIES["llama3"])
+    stream = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
+    assert len(exhaust(stream)) == 4
+    alive = weakref.ref(generator)
+    gc.disable()
+    try:
+        del generator
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert len(stream.result.token_ids) == 4
 
 
 def test_a_device_that_fails_ends_the_stream_with_its_own_error(generator):

@@ -269,10 +269,11 @@ int main(int argc, char** argv) {
                      "lengths of made-up prompts (default: 512), each measured by itself")
           ->check(CLI::Range(1, 1 << 20))
           ->option_text("N...");
-  CLI::Option* files = app.add_option("--token-ids", settings.prompt_files,
-                                      "prompts: token ids, separated by white space")
-                           ->excludes(lengths)
-                           ->option_text("FILE...");
+  CLI::Option* files =
+      app.add_option("--token-ids", settings.prompt_files,
+                     "prompts: token ids, separated by white space or as a JSON list")
+          ->excludes(lengths)
+          ->option_text("FILE...");
   CLI::Option* tokens = app.add_option("--new-tokens", settings.new_tokens,
                                        "of a text after its first (default: 128)")
                             ->check(CLI::Range(1, 1 << 20))
@@ -300,7 +301,10 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
   try {
-    return run(settings, words);
+    const int code = run(settings, words);
+    FRSPEC_CHECK(std::fflush(stdout) == 0 && std::ferror(stdout) == 0, frspec::Error,
+                 "stdout: cannot be written");
+    return code;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "frspec-bench: error: %s\n", error.what());
     return 2;

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <iterator>
+#include <sstream>
 
 #include "bench.h"
 
@@ -12,9 +14,14 @@ std::vector<int32_t> read_tokens(const std::string& path) {
   std::vector<int32_t> tokens;
   std::ifstream file(path);
   FRSPEC_CHECK(file, RequestError, path, ": cannot be read");
-  for (int32_t token; file >> token;) tokens.push_back(token);
-  FRSPEC_CHECK(file.eof() && !tokens.empty(), RequestError, path,
-               ": expected token ids, separated by white space");
+  std::string text(std::istreambuf_iterator<char>(file), {});
+  for (char& each : text) {
+    if (each == '[' || each == ',' || each == ']') each = ' ';
+  }
+  std::istringstream numbers(text);
+  for (int32_t token; numbers >> token;) tokens.push_back(token);
+  FRSPEC_CHECK(numbers.eof() && !tokens.empty(), RequestError, path,
+               ": expected token ids, separated by white space or as a JSON list");
   return tokens;
 }
 

@@ -8,6 +8,8 @@ Exit codes: 0, 1 (a check that the command makes failed), 2 with one line on std
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -44,6 +46,17 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     """Reports a mistake in one line: argparse would print the usage before it."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._subparsers is None:  # of a command: a typo is told before what it leaves missing
+            for word in itertools.takewhile("--".__ne__, args or ()):
+                option = word.partition("=")[0]
+                known = self._option_string_actions
+                if option.startswith("--") and " " not in word and option not in known:
+                    near = difflib.get_close_matches(option, known, 1)
+                    hint = f"; did you mean {near[0]}?" if near else ""
+                    self.error(f"unrecognized argument {option}{hint}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")

@@ -192,6 +192,8 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
                 f"--drafter: expected one for each method, found {drafters[method]} and {folder}"
                 f" for {method}"
             )
+    if not drafters and (args.ranking or args.vocab_sizes):
+        raise RequestError("--ranking and --vocab-sizes are a drafter's: they need a --drafter")
     wanted = args.methods or [PLAIN, *drafters]
     sizes = args.vocab_sizes
     if sizes is None:

@@ -49,7 +49,7 @@ def convert(
     from frspec.convert.eagle import convert_eagle, is_eagle, loads_as_it_is
     from frspec.convert.gguf_model import convert_gguf
     from frspec.convert.huggingface import convert_huggingface
-    from frspec.convert.layout import check_loads
+    from frspec.convert.layout import check_loads, check_target, read_config
     from frspec.convert.weights import open_checkpoint
 
     if note is None:
@@ -76,6 +76,9 @@ def convert(
     if checkpoint is not None and word is None and whole and as_it_is(checkpoint):
         if not eagle and not heads:
             check_loads(checkpoint.folder)
+        elif target_folder is not None:
+            config = read_config(checkpoint.folder / "config.json")
+            check_target(config, checkpoint.folder, target_folder)
         note(f"{checkpoint.folder} loads as it is: nothing to convert")
         return checkpoint.folder
     sources = [folder_or_file] + ([] if target_folder is None else [target_folder])

@@ -17,6 +17,7 @@ import numpy as np
 from frspec.convert.huggingface import ROTARY_BUFFER, own_dtype
 from frspec.convert.layout import (
     bias_settings,
+    check_target,
     config_count,
     layer_shapes,
     read_config,
@@ -135,13 +136,7 @@ def _without_target_tables(
         if _EMBEDDING in found:
             notes.append("the drafter's embedding is kept: no target was named to compare it with")
         return found
-    target_config = read_config(target / "config.json")
-    for key in ("hidden_size", "vocab_size"):
-        if config.get(key, target_config.get(key)) != target_config.get(key):
-            raise ConversionError(
-                f"{where}: {key}: expected the target's {target_config.get(key)}, "
-                f"found {config.get(key)}"
-            )
+    check_target(config, where, target)
     if not {_EMBEDDING, _HEAD} & found.keys():
         return found
     tables = open_checkpoint(target).tensors

@@ -53,6 +53,17 @@ def config_count(config: dict[str, Any], key: str, where: Path, default: int | N
     return value
 
 
+def check_target(drafter: dict[str, Any], where: Path, target: Path) -> None:
+    """ConversionError unless the drafter's sizes, where its config has them, are the target's."""
+    config = read_config(target / "config.json")
+    for key in ("hidden_size", "vocab_size"):
+        expected = config.get(key)
+        if drafter.get(key, expected) != expected:
+            raise ConversionError(
+                f"{where}: {key}: expected the target's {expected}, found {drafter.get(key)}"
+            )
+
+
 def check_loads(folder: Path) -> None:
     """ConversionError unless the runtime takes the model in `folder`; no weights are read."""
     from frspec.generator import plan_engine

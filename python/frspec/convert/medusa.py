@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 from frspec.convert.huggingface import own_dtype
-from frspec.convert.layout import config_count, read_config, select
+from frspec.convert.layout import check_target, config_count, read_config, select
 from frspec.convert.output import Progress, staged_folder, write_json, write_weights
 from frspec.convert.tensors import WEIGHT_DTYPES, LazyTensor, has_float64
 from frspec.convert.weights import Checkpoint
@@ -95,7 +94,8 @@ def convert_medusa(
         notes.append(f"the config claims {claimed} heads; all {heads} of the checkpoint are kept")
     if heads > _MAX_HEADS:
         raise ConversionError(f"{where}: expected at most {_MAX_HEADS} heads, found {heads}")
-    _compare_with_target(sizes, where, target)
+    if target is not None:
+        check_target(sizes, where, target)
     tensors = select(found, _shapes(heads, layers, sizes), set(), where)
     code, torch_name = WEIGHT_DTYPES[dtype or own_dtype(tensors)]
     tensors = [tensor.cast(code) for tensor in tensors]
@@ -159,15 +159,3 @@ def _shapes(heads: int, layers: int, sizes: dict[str, int]) -> dict[str, tuple[i
             shapes[f"{head}.{layer}.linear.bias"] = (hidden,)
         shapes[f"{head}.{layers}.weight"] = (vocab, hidden)
     return shapes
-
-
-def _compare_with_target(sizes: dict[str, int], where: Path, target: Path | None) -> None:
-    if target is None:
-        return
-    config: dict[str, Any] = read_config(target / "config.json")
-    for key, size in sizes.items():
-        if config.get(key) != size:
-            raise ConversionError(
-                f"{where}: {key} of the heads: expected the target's {config.get(key)}, "
-                f"found {size}"
-            )

@@ -52,10 +52,11 @@ def check_sources(sources: Sequence[Source]) -> int | None:
         if not os.access(source, os.R_OK):
             raise RankingError(f"{source}: input file cannot be read")
         if _format(source) == ".parquet":
-            if source.suffix != ".parquet":
+            if source.suffix.lower() != ".parquet":
                 raise RankingError(f"{source}: expected .parquet, which has its own compression")
             import_parquet(source)
         check_decompressor(source)
+        _check_text(source)
     if any(isinstance(source, HubDataset) for source in sources):
         return None
     return sum(source.stat().st_size for source in sources)
@@ -97,4 +98,17 @@ def _chunks(source: Source, field: str | None, at: dict[str, Any] | None) -> Ite
 
 def _format(path: Path) -> str:
     """The suffix below that of a compression."""
-    return Path(path.stem).suffix if path.suffix in SUFFIXES else path.suffix
+    return (Path(path.stem) if path.suffix in SUFFIXES else path).suffix.lower()
+
+
+def _check_text(source: Path) -> None:
+    """RankingError for a file that would be read as plain text and is none: an archive, UTF-16."""
+    if source.suffix in SUFFIXES or _format(source) in (".parquet", *_LINE_SUFFIXES):
+        return
+    with source.open("rb") as file:
+        if b"\0" in file.read(_FINGERPRINT_BYTES):
+            known = ", ".join((".parquet", *_LINE_SUFFIXES, *SUFFIXES))
+            raise RankingError(
+                f"{source}: expected plain text in UTF-8, found binary data (other forms are known"
+                f" by their names: {known})"
+            )
