@@ -29,17 +29,19 @@ EngineOptions tiny_options(const std::string& name, TreeShape tree, const char* 
   return options;
 }
 
-#ifdef __SANITIZE_ADDRESS__
-constexpr int64_t kNewTokens = 24;  // each takes ten times as long
+const Sampling kDrawn{1.0f, 0, 1.0f, 0.0f, 42};
+const Sampling kFiltered{0.8f, 20, 0.9f, 0.01f, 7};
+#ifdef __SANITIZE_ADDRESS__  // each token takes ten times as long
+constexpr int64_t kNewTokens = 24;
+const Sampling kSamplings[] = {{}, kFiltered};
 #else
 constexpr int64_t kNewTokens = 40;
+const Sampling kSamplings[] = {{}, kDrawn, kFiltered};
 #endif
 
 Request make_request(Method method, const Sampling& sampling, int64_t max_new_tokens = kNewTokens) {
   return test::make_request(method, sampling, max_new_tokens);
 }
-
-const Sampling kSamplings[] = {{}, {1.0f, 0, 1.0f, 0.0f, 42}, {0.8f, 20, 0.9f, 0.01f, 7}};
 
 }  // namespace
 
@@ -215,7 +217,7 @@ TEST_CASE("speculative output equals plain output where products have several pa
     options.drafter = test::write_predictable_drafter("cuda_wide_drafter", sizes);
     Engine engine(options);
     engine.load();
-    for (const Sampling& sampling : {kSamplings[0], kSamplings[1]}) {
+    for (const Sampling& sampling : {Sampling{}, kDrawn}) {
       const auto plain = generate(engine, kPrompt, make_request(Method::kPlain, sampling, 8));
       const auto drafted = generate(engine, kPrompt, make_request(Method::kEagle2, sampling, 8));
       CHECK(plain.size() == 8);
@@ -229,8 +231,8 @@ TEST_CASE("speculative output equals plain output where products have several pa
 TEST_CASE("requests in a row, each as if nothing came before") {
   Engine engine(tiny_options("row", {3, 4, 12}));
   engine.load();
-  const Request plain = make_request(Method::kPlain, kSamplings[1], 12);
-  const Request drafted = make_request(Method::kEagle2, kSamplings[1], 12);
+  const Request plain = make_request(Method::kPlain, kDrawn, 12);
+  const Request drafted = make_request(Method::kEagle2, kDrawn, 12);
   const auto first = generate(engine, kPrompt, plain);
   std::vector<int32_t> longer = kPrompt;
   longer.insert(longer.end(), first.begin(), first.end());
@@ -250,8 +252,8 @@ TEST_CASE("whole chunks of a long prompt are kept, and change nothing") {
   engine.load();
   std::vector<int32_t> prompt;
   for (int32_t i = 0; i < 600; ++i) prompt.push_back((i * 37 + 5) % 211);
-  const Request plain = make_request(Method::kPlain, kSamplings[1], 8);
-  const Request drafted = make_request(Method::kEagle2, kSamplings[1], 8);
+  const Request plain = make_request(Method::kPlain, kDrawn, 8);
+  const Request drafted = make_request(Method::kEagle2, kDrawn, 8);
   const auto text = generate(engine, prompt, plain);
   CHECK(engine.reused_tokens() == 0);
   CHECK(generate(engine, prompt, plain) == text);
@@ -302,7 +304,7 @@ TEST_CASE("logits agree with the CPU backend's") {
 TEST_CASE("generation ends with the context, in both methods alike") {
   Engine engine(tiny_options("context", {4, 4, 20}));
   engine.load();
-  Request request = make_request(Method::kPlain, kSamplings[1], 100000);
+  Request request = make_request(Method::kPlain, kDrawn, 100000);
   std::vector<int32_t> prompt;
   for (int32_t i = 0; i < 170; ++i) prompt.push_back((i * 37 + 5) % 211);
   const auto plain = generate(engine, prompt, request);
