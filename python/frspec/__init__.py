@@ -20,7 +20,10 @@ def __getattr__(name: str) -> str:
         raise AttributeError(f"module 'frspec' has no attribute {name!r}")
     from importlib import metadata  # late: it takes as long as all the rest
 
-    return metadata.version("frspec")
+    try:
+        return metadata.version("frspec")
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "(not installed)"
 
 
 __all__ = [

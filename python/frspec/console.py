@@ -30,6 +30,11 @@ def write_text(piece: str) -> None:
     sys.stdout.flush()
 
 
+def printable(text: str) -> str:
+    """`text` for a line on a terminal: control characters in it do nothing."""
+    return text.replace("\t", " ").replace("\n", " ").translate(_CONTROLS)
+
+
 def write_stream(stream: TextStream) -> bool:
     """Writes a stream to stdout as it is made; False when Ctrl-C ended it, which closes it.
 
@@ -84,7 +89,7 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     The first column holds words; the others hold figures if they have a heading. Where a terminal
     is narrow, headings and words fold; figures stay whole.
     """
-    rows = list(rows)
+    rows = [[printable(cell) for cell in row] for row in rows]
     cells = [max((cell_len(row[i]) for row in rows), default=0) for i in range(len(columns))]
     natural = [max(cell_len(name), cells[i]) for i, name in enumerate(columns)]
     folded = [max([cells[i], *map(cell_len, name.split())]) for i, name in enumerate(columns)]
@@ -94,8 +99,8 @@ def write_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     words = min(natural[0], room - sum(folded[1:]))
     figures = any(columns)  # without headings there are only words, all of which may fold
     boxed = sys.stdout.isatty() and (whole or not figures or words >= min(natural[0], _LEAST_WORDS))
-    if not boxed:  # nothing may be folded at the 80 columns that rich assumes away from a terminal
-        console = Console(width=400, color_system=None)
+    if not boxed:  # a row is a line, however long
+        console = Console(width=sum(natural) + 3 * len(columns), color_system=None)
     table = Table(box=rich.box.ROUNDED if boxed else None, show_header=figures, pad_edge=boxed)
     for index, name in enumerate(columns):
         width = None

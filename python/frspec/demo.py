@@ -148,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
         _print_rows(rows, prompts, args)
         talk = ["frspec", "chat", "--model", str(model), "--drafter", str(DRAFTER)]
         talk += ["--ranking", str(RANKING), "--vocab-size", str(_LIVE.vocab_size)]
+        talk += [] if args.threads is None else ["--threads", str(args.threads)]
         print(f"\nTo talk with it:\n{shlex.join(talk)}")
     differing = [row for row in rows if row.identical != len(prompts)]
     for row in differing:

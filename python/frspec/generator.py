@@ -116,7 +116,9 @@ class Generator:
         self._load_s = time.perf_counter() - began
 
     def close(self) -> None:
-        """Frees the memory; an open stream ends as "cancelled". Only RequestError comes after."""
+        """Frees the memory, once no other thread's `generate` is under way; a stream that is open
+        ends as "cancelled". Requests raise RequestError from then on.
+        """
         with self._requests, self._lock:
             if self._current is not None:
                 self._current._finish("cancelled")
@@ -278,7 +280,6 @@ class TextStream(Iterator[str]):
         matcher: StopMatcher,
     ):
         self._generator: Generator | None = generator
-        self._engine: Engine | None = generator._engine
         self._lock = generator._lock
         self._method: Method = method
         self._prompt_tokens = prompt_tokens
@@ -331,7 +332,8 @@ class TextStream(Iterator[str]):
                 raise
 
     def _round(self) -> str:
-        new_tokens = self._engine.step()
+        engine = self._generator._engine
+        new_tokens = engine.step()
         first = not self._token_ids  # the first token comes from the prompt
         text = ""
         kept = 0
@@ -346,12 +348,13 @@ class TextStream(Iterator[str]):
                     break
         if new_tokens and not first:
             self._accept_lengths.append(kept)
-        reason = "stop" if self._matcher.matched is not None else self._engine.finish_reason
+        reason = "stop" if self._matcher.matched is not None else engine.finish_reason
         return text if reason is None else text + self._finish(reason)
 
     def _remember_engine(self) -> None:
         """The engine's figures, while they are this stream's."""
-        self._seconds, self._reused_tokens = self._engine.timings, self._engine.reused_tokens
+        engine = self._generator._engine
+        self._seconds, self._reused_tokens = engine.timings, engine.reused_tokens
 
     def _finish(self, reason: Literal["stop", "length", "cancelled"]) -> str:
         """Settles the result; returns the text that was still held back."""
@@ -376,7 +379,7 @@ class TextStream(Iterator[str]):
             device=self._generator._device,
             method=self._method,
         )
-        self._generator = self._engine = self._decoder = None  # whose memory may be wanted now
+        self._generator = self._decoder = None  # whose memory may be wanted now
         return rest
 
 

@@ -7,8 +7,9 @@
 namespace frspec::cpu {
 
 void CpuBackend::gather_rows(const Tensor& out, const Tensor& src, const int32_t* rows) {
-  FRSPEC_CHECK(out.cols == src.cols && out.dtype == src.dtype, Error, "gather_rows: out has ",
-               out.cols, " columns, the source ", src.cols);
+  FRSPEC_CHECK(out.cols == src.cols && out.dtype == src.dtype && (src.rows > 0 || out.rows == 0),
+               Error, "gather_rows: [", out.rows, ", ", out.cols, "] cannot come from [", src.rows,
+               ", ", src.cols, "]");
   const size_t bytes = static_cast<size_t>(src.cols) * dtype_size(src.dtype);
   for (int64_t r = 0; r < out.rows; ++r) {
     // A row outside is a bug of the caller, but not a reason to read foreign memory.

@@ -377,6 +377,7 @@ def test_ranking_without_a_size(refused, files) -> None:
     [
         (["--promt", "x"], ("unrecognized argument --promt; did you mean --prompt?",)),
         (["--prompt", "x", "--max-tokens=5"], ("--max-tokens; did you mean --max-new-tokens?",)),
+        (["--prompt", "--zzz"], ("argument --prompt: expected one argument",)),
         (["--prompt", "x", "--zzz"], ("unrecognized argument --zzz (see frspec generate --help)",)),
     ],
 )

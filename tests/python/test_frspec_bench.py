@@ -210,6 +210,8 @@ def test_a_report_that_nobody_gets_is_an_error(model) -> None:
 
 def test_refusals(model, tmp_path) -> None:
     (tmp_path / "words").write_text("1 2 x")
+    (tmp_path / "large").write_text("1 2 99999999999")
+    (tmp_path / "none").write_text("[]\n")
     (tmp_path / "outside").write_text(f"1 {VOCAB}")
     report = tmp_path / "report.json"
     report.write_text("kept")
@@ -218,6 +220,8 @@ def test_refusals(model, tmp_path) -> None:
         (["--model", tmp_path / "nothing"], "nothing"),
         (["--model", model, "--trees", "1x3x4"], "--drafter"),
         (["--model", model, "--token-ids", tmp_path / "words"], "expected token ids"),
+        (["--model", model, "--token-ids", tmp_path / "large"], "expected token ids"),
+        (["--model", model, "--token-ids", tmp_path / "none"], "expected token ids"),
         (["--model", model, "--token-ids", tmp_path / "outside"], "of [0, 2048), found 2048"),
         (["--model", model], "max_context 641 is beyond"),
         (["--model", model, "--max-context", 100], "expected at least 641"),

@@ -136,11 +136,18 @@ def test_what_is_no_text(folder, tmp_path):
     path.write_text("some words", encoding="utf-16")
     with pytest.raises(RankingError, match="C.TXT: expected plain text"):
         rank(folder, "--input", path)
+    path = tmp_path / "c.txt.gz"
+    path.write_bytes(gzip.compress("some words".encode("utf-16")))
+    with pytest.raises(RankingError, match="c.txt.gz: expected plain text"):
+        rank(folder, "--input", path)
 
 
 def test_suffixes_in_capitals(folder, tmp_path):
     path = tmp_path / "C.JSONL"
     path.write_bytes(json_lines(TEXTS))
+    check_counts(rank(folder, "--input", path), TEXTS)
+    path = tmp_path / "D.JSONL.GZ"
+    path.write_bytes(gzip.compress(json_lines(TEXTS)))
     check_counts(rank(folder, "--input", path), TEXTS)
 
 

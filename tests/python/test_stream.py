@@ -85,7 +85,7 @@ def test_an_interrupt_ends_the_stream(generator):
         def step(self):
             raise KeyboardInterrupt
 
-    stream._engine = Interrupted()
+    generator._engine = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert stream.result.finish_reason == "cancelled"
@@ -95,12 +95,15 @@ def test_an_interrupt_ends_the_stream(generator):
 def test_a_closed_generator_gives_its_memory_back(generator):
     finished = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
     expected = exhaust(finished)
+    replaced = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
+    replaced._step()
     open_stream = generator.stream(PROMPT, max_new_tokens=4, ignore_eos=True)
     open_stream._step()
-    engine = sys.getrefcount(generator._engine)
-    assert engine == 3  # here, of the generator, and of the stream that goes on
+    engine = generator._engine
     with generator:
         pass
+    assert sys.getrefcount(engine) == 2  # `engine`, and the argument
+    assert list(replaced) == [] and replaced.result.finish_reason == "cancelled"
     assert open_stream.result.finish_reason == "cancelled"
     assert finished.result.token_ids == expected  # what was written stays
     assert list(open_stream) == []
@@ -143,7 +146,7 @@ def test_a_device_that_fails_ends_the_stream_with_its_own_error(generator):
         def device(self):
             raise frspec.DeviceError("asking for free memory: cudaErrorIllegalAddress")
 
-    stream._engine = generator._engine = Broken()
+    generator._engine = Broken()
     with pytest.raises(frspec.DeviceError, match="waiting for the device"):
         next(stream)
     assert (stream.result.finish_reason, stream.result.device) == ("cancelled", "cpu")

@@ -10,6 +10,9 @@
 namespace frspec::bench {
 namespace {
 
+constexpr const char* kExpected =
+    ": expected token ids, separated by white space or as a JSON list";
+
 std::vector<int32_t> read_tokens(const std::string& path) {
   std::vector<int32_t> tokens;
   std::ifstream file(path);
@@ -19,9 +22,12 @@ std::vector<int32_t> read_tokens(const std::string& path) {
     if (each == '[' || each == ',' || each == ']') each = ' ';
   }
   std::istringstream numbers(text);
-  for (int32_t token; numbers >> token;) tokens.push_back(token);
-  FRSPEC_CHECK(numbers.eof() && !tokens.empty(), RequestError, path,
-               ": expected token ids, separated by white space or as a JSON list");
+  while (!(numbers >> std::ws).eof()) {
+    int32_t token = 0;
+    FRSPEC_CHECK(numbers >> token, RequestError, path, kExpected);
+    tokens.push_back(token);
+  }
+  FRSPEC_CHECK(!tokens.empty(), RequestError, path, kExpected);
   return tokens;
 }
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .. import convert, demo, ranking
+from .. import __version__, convert, demo, ranking
 from ..errors import FrspecError
 from ..options import HelpFormatter
 from . import chat, compare_rankings, evaluate, generate, info, make_synthetic
@@ -49,14 +49,22 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         if self._subparsers is None:  # of a command: a typo is told before what it leaves missing
-            for word in itertools.takewhile("--".__ne__, args or ()):
-                option = word.partition("=")[0]
-                known = self._option_string_actions
-                if option.startswith("--") and " " not in word and option not in known:
-                    near = difflib.get_close_matches(option, known, 1)
-                    hint = f"; did you mean {near[0]}?" if near else ""
-                    self.error(f"unrecognized argument {option}{hint}")
+            self._check_options(list(itertools.takewhile("--".__ne__, args or ())))
         return super().parse_known_args(args, namespace)
+
+    def _check_options(self, words: list[str]) -> None:
+        known = self._option_string_actions
+        if "-h" in words or "--help" in words:
+            return
+        for before, word in itertools.pairwise(["", *words]):
+            option = word.partition("=")[0]
+            if not option.startswith("--") or " " in word or option in known:
+                continue
+            near = difflib.get_close_matches(option, known, 1)
+            if not near and before in known and known[before].nargs is None:
+                continue  # meant as its value: argparse says what is wrong with that
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized argument {option}{hint}")
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")
@@ -113,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"frspec {info.version()}")
+    parser.add_argument("--version", action="version", version=f"frspec {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, summary, module in _COMMANDS:
         command = commands.add_parser(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..console import print_json, write_table
+from ..console import print_json, printable, write_table
 from ..errors import RankingError
 from ..evaluation.tasks import TASKS, load_questions
 from ..hub import resolve
@@ -177,7 +177,7 @@ def _write_tables(
 ) -> None:
     for letter, ranking in zip("AB", (first, second), strict=True):
         counted = f"{ranking.tokens_counted:,} tokens" if ranking.tokens_counted else "imported"
-        print(f"{letter}: {ranking.path}: {ranking.corpus}, {counted}")
+        print(printable(f"{letter}: {ranking.path}: {ranking.corpus}, {counted}"))
     print()
     rows = [(f"{each.size:,}", f"{each.shared:,}", f"{each.share:.1%}") for each in shared]
     write_table("Tokens in both sub-vocabularies", ["vocab size", "tokens", "share"], rows)

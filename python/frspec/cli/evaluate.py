@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from .. import hub
+from .. import __version__, hub
 from ..errors import RequestError
 from ..evaluation import humaneval, plots, report
 from ..evaluation.methods import LABELS, PLAIN, Configuration, configurations
@@ -20,6 +20,7 @@ from ..evaluation.sandbox import check_isolation
 from ..evaluation.statistics import Run
 from ..evaluation.tasks import TASKS, load_questions, parse_tasks
 from ..evaluation.worker import Setup
+from ..files import user_path
 from ..generator import plan_engine
 from ..medusa import drafter_method, read_medusa_choices
 from ..options import (
@@ -31,7 +32,6 @@ from ..options import (
     sampling_options,
     vocab_size,
 )
-from .info import version
 
 SIZES = ("full", 32768, 16384, 8192)
 
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     questions = load_questions(tasks, files, args.limit)
     check_template(setup, questions)
     plan = plan_methods(setup, methods, args.workers)
-    header = make_header(setup, methods, plan, version(), args.workers)
+    header = make_header(setup, methods, plan, __version__, args.workers)
     with ResultsFile(args.out / FILE_NAME, header) as results:
         if results.dropped:
             say(f"{results.path}: {results.dropped} records of an unfinished question dropped")
@@ -204,7 +204,7 @@ def _read_setup(args: argparse.Namespace) -> tuple[Setup, tuple[Configuration, .
     setup = Setup(
         model=args.model,
         drafters=drafters,
-        ranking=args.ranking,
+        ranking=None if args.ranking is None else os.fspath(user_path(args.ranking)),
         machine={name: getattr(args, name) for name in names},
         tree=draft_tree(args),
         request={"max_new_tokens": args.max_new_tokens} | sampling_options(args),

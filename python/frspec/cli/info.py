@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import _core
+from .. import __version__, _core
 from ..console import format_bytes, print_json, write_table
 from ..errors import RequestError
 from ..generator import plan_engine
@@ -57,17 +56,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def version() -> str:
-    """The installed version; "(not installed)" for a source tree on the path."""
-    try:
-        return metadata.version("frspec")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _describe_build() -> dict[str, Any]:
     return {
-        "version": version(),
+        "version": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cuda": _core.cuda_build(),

@@ -17,6 +17,12 @@ _MAX_WINDOW_BYTES = 1 << 31
 _SKIP_BYTES = 1 << 20
 
 
+def compression(path: Path) -> str:
+    """The suffix that says how the file is compressed, "" when it is not."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
 class InputFile:
     """An open file, `offset` bytes behind its beginning (of what it says, decompressed).
 
@@ -26,7 +32,7 @@ class InputFile:
 
     def __init__(self, path: Path, offset: int = 0):
         self._file = path.open("rb")
-        if path.suffix in SUFFIXES:
+        if compression(path):
             self._raw = _Decompressed(self._file, _decompressor(path))
             stream = io.BufferedReader(self._raw, _SKIP_BYTES)
             while offset and (skipped := len(stream.read(min(offset, _SKIP_BYTES)))):
@@ -56,13 +62,13 @@ class InputFile:
 
 def check_decompressor(path: Path) -> None:
     """RankingError when the file needs a package that is missing."""
-    if path.suffix in SUFFIXES:
+    if compression(path):
         _decompressor(path)
 
 
 def _decompressor(path: Path):
     """Makes decompressors of one stream (a gzip member, a Zstandard frame)."""
-    if path.suffix == ".gz":
+    if compression(path) == ".gz":
         return lambda: zlib.decompressobj(wbits=31)
     try:
         import zstandard

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import RankingError
 from .chunk import Chunk, Position
-from .compressed import SUFFIXES, check_decompressor
+from .compressed import SUFFIXES, InputFile, check_decompressor, compression
 from .file_chunks import array_chunks, is_array, line_chunks, text_chunks
 from .table_chunks import (
     HUB_PREFIX,
@@ -98,14 +98,14 @@ def _chunks(source: Source, field: str | None, at: dict[str, Any] | None) -> Ite
 
 def _format(path: Path) -> str:
     """The suffix below that of a compression."""
-    return (Path(path.stem) if path.suffix in SUFFIXES else path).suffix.lower()
+    return (Path(path.stem) if compression(path) else path).suffix.lower()
 
 
 def _check_text(source: Path) -> None:
     """RankingError for a file that would be read as plain text and is none: an archive, UTF-16."""
-    if source.suffix in SUFFIXES or _format(source) in (".parquet", *_LINE_SUFFIXES):
+    if _format(source) in (".parquet", *_LINE_SUFFIXES):
         return
-    with source.open("rb") as file:
+    with InputFile(source) as file:
         if b"\0" in file.read(_FINGERPRINT_BYTES):
             known = ", ".join((".parquet", *_LINE_SUFFIXES, *SUFFIXES))
             raise RankingError(

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from ..errors import RankingError
-from ..files import is_utf8, write_whole
+from ..files import is_utf8, user_path, write_whole
 
 FORMAT = "frspec-ranking"
 VERSION = "1"
@@ -78,6 +78,7 @@ class Ranking:
     def load(cls, path: str | Path) -> Ranking:
         """Reads and validates a ranking file; RankingError names what is wrong with it."""
         path = os.fspath(path)
+        path = os.fspath(user_path(path))
         if not is_utf8(path):
             raise RankingError(f"expected a path in UTF-8, found {path!r:.80}")
         if os.path.isdir(path):
