@@ -28,6 +28,20 @@ FRSPEC_PTX constexpr bool on_hopper() { return true; }
 FRSPEC_PTX constexpr bool on_hopper() { return false; }
 #endif
 
+// True in one thread of the warp, the same one each time; all of them call it. Behind it the
+// compiler knows that a copy is asked for once, and does not ask in a loop over threads.
+FRSPEC_PTX bool elected() {
+  uint32_t chosen = 0;
+  FRSPEC_HOPPER_PTX(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one,0xffffffff;\n"
+      "selp.b32 %0,1,0,one;\n"
+      "}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
+
 // ---- Barriers in shared memory, for one thread that asks and many that wait. A barrier's phase
 // ends when the asking thread has arrived and all bytes that it said are there.
 

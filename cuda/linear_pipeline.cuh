@@ -164,13 +164,13 @@ class BulkPipeline {
         tokens_k_(k_begin) {
     SHARED(uint64_t, barriers, [kStages]);
     barriers_ = barriers;
-    if (threadIdx.x != 0) return;
+    if (!asks()) return;
     for (int place = 0; place < kStages; ++place) barrier_init(barriers_ + place);
     barrier_inits_done();
     prefetch_map(maps_.x);
   }
   __device__ __forceinline__ void ask_weights(int place) {
-    if (threadIdx.x == 0) {
+    if (asks()) {
       uint64_t* const barrier = barriers_ + place;
       barrier_arrive_expecting(barrier, (kTileRows + kTokens) * kDepth * sizeof(T));
       T* to = weights_ + place * kTileRows * kDepth;
@@ -187,7 +187,7 @@ class BulkPipeline {
     weights_k_ += kDepth;
   }
   __device__ __forceinline__ void ask_tokens(int place) {
-    if (threadIdx.x == 0) {
+    if (asks()) {
       copy_box_async(tokens_ + place * kTokens * kDepth, maps_.x, tokens_k_, token_,
                      barriers_ + place);
     }
@@ -203,6 +203,9 @@ class BulkPipeline {
   }
 
  private:
+  // In one thread, which must be found again right where it asks (elected() says why).
+  __device__ __forceinline__ bool asks() const { return threadIdx.x / kWarp == 0 && elected(); }
+
   const LinearMaps& maps_;
   T* weights_;
   T* tokens_;

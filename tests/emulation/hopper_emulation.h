@@ -35,6 +35,10 @@ void finish_products(void* const*, uint32_t);
 namespace frspec::cuda {
 
 inline bool on_hopper() { return emulation::config().hopper; }
+inline bool elected(emulation::Site site = emulation::Site::current()) {
+  emulation::warp_collective([](void* const*, uint32_t) {}, "elected", 0xffffffffu, nullptr, site);
+  return threadIdx.x % 32 == 13;  // any would do
+}
 
 inline void barrier_init(uint64_t* barrier) { emulation::init_transaction_barrier(barrier); }
 inline void barrier_inits_done() {}

@@ -20,6 +20,7 @@ using frspec::cuda::bf16;
 using frspec::cuda::box_map;
 using frspec::cuda::copy_box_async;
 using frspec::cuda::dependency_wait;
+using frspec::cuda::elected;
 using frspec::cuda::fp16;
 using frspec::cuda::from_float;
 using frspec::cuda::SmemCarver;
@@ -236,6 +237,30 @@ TEST_CASE("planted: boxes between multiples of 1024 bytes") {
 }
 TEST_CASE("planted: a block ends while a box is on its way") {
   plant<Bug::kCopyLeft>("copies of boxes under way");
+}
+
+// ---- one thread of a warp
+
+template <bool kAll>
+__global__ void count_elected(int* out) {
+  dependency_wait();
+  if (!kAll && threadIdx.x == 0) return;
+  const int first = elected() ? 1 : 0;
+  const bool same = elected() == (first == 1);
+  const int count = __reduce_add_sync(kAll ? 0xffffffffu : 0xfffffffeu, same ? first : 2);
+  if (first == 1) out[0] = count;
+}
+template <bool kAll>
+bool elects_one() {
+  const Stream stream;
+  const DeviceArray<int> out(1);
+  launch<count_elected<kAll>>(one_block(32, stream), "test", out.data());
+  return out.download(stream) == std::vector<int>{1};
+}
+
+TEST_CASE("one thread of a warp is elected, always the same") { CHECK(elects_one<true>()); }
+TEST_CASE("planted: a warp elects without one of its threads") {
+  expect_noticed("elected", [] { return elects_one<false>(); });
 }
 
 }  // namespace
