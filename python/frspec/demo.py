@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -146,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
         print_json({"prompts": len(prompts), **request, "rows": [asdict(row) for row in rows]})
     else:
         _print_rows(rows, prompts, args)
-        talk = ["frspec", "chat", "--model", str(model), "--drafter", str(DRAFTER)]
+        command = sys.argv[0] if os.path.basename(sys.argv[0]) == "frspec" else "frspec"
+        talk = [command, "chat", "--model", str(model), "--drafter", str(DRAFTER)]
         talk += ["--ranking", str(RANKING), "--vocab-size", str(_LIVE.vocab_size)]
         talk += [] if args.threads is None else ["--threads", str(args.threads)]
         print(f"\nTo talk with it:\n{shlex.join(talk)}")
