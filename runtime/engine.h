@@ -77,8 +77,8 @@ class Engine {
   size_t step_bytes() const;         // weight bytes that a plain decoding step reads
   double measure_bandwidth() { return backend_->measure_bandwidth(); }  // once loaded
 
-  // For benchmarks: from here on, drafted rounds have the tokens of `recorded` (prompt
-  // and continuation, as plain decoding wrote it) planted into their trees, so that they accept
+  // For benchmarks: from here on, drafted rounds have the tokens of `recorded` (prompt and
+  // continuation, as plain decoding wrote it) planted into their trees, so that they accept
   // accept_length tokens on average (plant.h). Empty: ends that.
   void plant(std::span<const int32_t> recorded, double accept_length);
   // RequestError unless the trees are deep enough for that, loaded or not; their depth.

@@ -15,7 +15,6 @@ import numpy as np
 from . import hub
 from ._core import Engine
 from .errors import RequestError, short
-from .files import user_path
 from .medusa import MedusaChoices, medusa_tree_options
 from .ranking import Ranking
 from .streaming import StopMatcher, StreamDecoder
@@ -417,10 +416,11 @@ def plan_engine(
             )
         if not isinstance(ranking, (str, os.PathLike)) or "\0" in os.fspath(ranking):
             raise RequestError(f"ranking: expected the path of a file, found {short(ranking)}")
-        ranking = user_path(ranking)
         tokenizer = Tokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
-        Ranking.load(ranking).validate(fingerprint, tokenizer.vocab_size)
+        loaded = Ranking.load(ranking)
+        loaded.validate(fingerprint, tokenizer.vocab_size)
+        ranking = loaded.path  # without ~
     medusa = medusa_tree_options(medusa_choices)
     if tree is not None and medusa.get("medusa_paths"):
         raise RequestError("medusa_choices: a list of paths is a whole tree; give it or tree")
@@ -441,7 +441,7 @@ def plan_engine(
     engine = Engine(
         str(folder),
         drafter=None if drafter is None else str(hub.resolve(drafter)),
-        ranking=None if ranking is None else os.fspath(ranking),
+        ranking=ranking,
         draft_vocab_size=sub_vocab_size,
         tokenizer_fingerprint=fingerprint,
         device=device,
